@@ -1,0 +1,1 @@
+"""Sources -> Arrow shards -> shuffle -> pack -> batches, with one global cursor."""

@@ -1,0 +1,119 @@
+"""A packed batch: what one micro-batch of one data-parallel rank looks like."""
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class ImageShape:
+    """Images are resized to `size` x `size` pixels and cut into square patches of `patch` pixels."""
+
+    size: int
+    patch: int
+
+    @property
+    def patches(self) -> int:
+        """Patches, and so decoder positions, of one image."""
+        return (self.size // self.patch) ** 2
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in one RGB patch."""
+        return 3 * self.patch**2
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """A document laid out on positions: n tokens predict the n labels one place further on."""
+
+    tokens: np.ndarray  # int64 [n]
+    labels: np.ndarray  # int64 [n]
+    loss_mask: np.ndarray  # float32 [n]
+    images: list[bytes]
+    image_starts: np.ndarray  # int64 [images]
+
+    def part(self, start: int, stop: int) -> "Sequence":
+        """Positions [start, stop) on their own; images stay with a part only where it is the whole."""
+        whole = stop - start == len(self.tokens)
+        assert whole or not self.images, "a document with images is never cut"
+        span = slice(start, stop)
+        return Sequence(self.tokens[span], self.labels[span], self.loss_mask[span], self.images, self.image_starts)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Several rows of packed documents, flattened to T = rows x seq_length positions.
+
+    Documents never see each other: attention is causal within each [cu_seqlens[i], cu_seqlens[i+1]).
+    An image takes `ImageShape.patches` consecutive positions, whose tokens are all the image token.
+    """
+
+    tokens_T: np.ndarray  # int64
+    labels_T: np.ndarray  # int64: the next token of the same document
+    loss_mask_T: np.ndarray  # float32: 1 where the label is learned
+    segment_ids_T: np.ndarray  # int32: 0, 1, ... within the batch; -1 for padding
+    positions_T: np.ndarray  # int64: from 0 in each piece
+    cu_seqlens: np.ndarray  # int32 [pieces + 1]
+    patches_IND: np.ndarray  # float32 in [-1, 1]: images x patches x patch_dim
+    image_starts_I: np.ndarray  # int64: first position of each image
+
+
+def patchify(data: bytes, shape: ImageShape) -> np.ndarray:
+    """Decode an image file into patches: float32 [patches, patch_dim] in [-1, 1], row by row."""
+    with Image.open(io.BytesIO(data)) as image:
+        rgb = image.convert("RGB")
+    if rgb.size != (shape.size, shape.size):
+        rgb = rgb.resize((shape.size, shape.size), Image.Resampling.BICUBIC)
+    pixels = np.asarray(rgb, np.float32) / 127.5 - 1
+    side, p = shape.size // shape.patch, shape.patch
+    return pixels.reshape(side, p, side, p, 3).swapaxes(1, 2).reshape(shape.patches, shape.patch_dim)
+
+
+def lay_out(tokens: np.ndarray, learned: np.ndarray, images: list[bytes], image: int, patches: int) -> Sequence:
+    """Widen each image token to `patches` positions and shift: tokens [n + 1] -> a Sequence."""
+    repeats = np.where(tokens == image, patches, 1)
+    wide, learn = np.repeat(tokens, repeats).astype(np.int64), np.repeat(learned, repeats).astype(np.float32)
+    starts = (np.cumsum(repeats) - repeats)[tokens == image]
+    return Sequence(wide[:-1], wide[1:], learn[1:], images, starts.astype(np.int64))
+
+
+def assemble(rows: list[list[Sequence]], seq_length: int, shape: ImageShape, with_images: bool = True) -> PackedBatch:
+    """Lay sequences one behind another in rows of `seq_length` positions (each row's sum at most that).
+
+    `with_images=False` leaves the patches out, for a pipeline stage that never sees them.
+    """
+    total = len(rows) * seq_length
+    tokens, labels = np.zeros(total, np.int64), np.zeros(total, np.int64)
+    loss_mask, positions = np.zeros(total, np.float32), np.zeros(total, np.int64)
+    segments = np.full(total, -1, np.int32)
+    bounds, images, starts = [0], [], []
+    for number, row in enumerate(rows):
+        at, row_end = number * seq_length, (number + 1) * seq_length
+        for sequence in row:
+            place = slice(at, at + len(sequence.tokens))
+            tokens[place], labels[place] = sequence.tokens, sequence.labels
+            loss_mask[place] = sequence.loss_mask
+            segments[place], positions[place] = len(bounds) - 1, np.arange(place.stop - at)
+            images += sequence.images
+            starts += [at + start for start in sequence.image_starts]
+            at = place.stop
+            bounds.append(at)
+        if at < row_end:  # padding is a piece of its own, which no loss and no document sees
+            positions[at:row_end] = np.arange(row_end - at)
+            bounds.append(row_end)
+    patches = np.zeros((0, shape.patches, shape.patch_dim), np.float32)
+    if with_images and images:
+        patches = np.stack([patchify(image, shape) for image in images])
+    return PackedBatch(
+        tokens_T=tokens,
+        labels_T=labels,
+        loss_mask_T=loss_mask,
+        segment_ids_T=segments,
+        positions_T=positions,
+        cu_seqlens=np.asarray(bounds, np.int32),
+        patches_IND=patches,
+        image_starts_I=np.asarray(starts, np.int64),
+    )

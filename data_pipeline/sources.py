@@ -1,0 +1,124 @@
+"""Sources: where documents come from before they are tokens."""
+
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from armillary.data_pipeline.config import SourceConfig
+from armillary.data_pipeline.shuffle import key_of, permute
+from armillary.errors import DataError
+
+
+@dataclass(frozen=True)
+class Text:
+    """A stretch of text; `learned`: whether the model is trained to produce it."""
+
+    text: str
+    learned: bool
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image file's bytes, as they are on disk."""
+
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A text that answers what stands before it, and is learned."""
+
+    text: str
+
+
+Document = tuple[Text | Picture | Answer, ...]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about one image, with its answer."""
+
+    text: str
+    answer: str
+    image: Path
+
+
+def documents(source: SourceConfig) -> Iterator[Document]:
+    """The training documents of a source, in a fixed order."""
+    match source.kind:
+        case "easy_vqa":
+            return _easy_vqa_documents(source)
+        case "pydoc":
+            return _pydoc_documents()
+
+
+def easy_vqa_questions(split: str, path: str = "") -> list[Question]:
+    """Questions of the `train` or `test` split as the easy-vqa package ships them, in the file's order."""
+    root = Path(path) if path else Path(str(resources.files("easy_vqa"))) / "data"
+    file = root / split / "questions.json"
+    try:
+        rows = json.loads(file.read_text())
+        return [Question(text, answer, root / split / "images" / f"{int(image)}.png") for text, answer, image in rows]
+    except FileNotFoundError:
+        raise DataError(
+            "the easy_vqa source has no questions file", file, "point `path` to a folder with train/ and test/ in it"
+        ) from None
+    except (ValueError, TypeError) as error:
+        raise DataError(f"the easy_vqa questions file cannot be read: {error}", file, "restore the file") from None
+
+
+def check_image(data: bytes, where: object) -> None:
+    """Raise DataError unless `data` decodes as a whole image."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"an image cannot be decoded: {error}", where, "repair or remove the file") from None
+
+
+def _easy_vqa_documents(source: SourceConfig) -> Iterator[Document]:
+    by_image: dict[Path, list[Question]] = {}
+    for question in easy_vqa_questions("train", source.path):
+        by_image.setdefault(question.image, []).append(question)
+    for number, (image, questions) in enumerate(by_image.items()):
+        try:
+            data = image.read_bytes()
+        except FileNotFoundError:
+            raise DataError("an image of the easy_vqa source is missing", image, "restore the file") from None
+        check_image(data, image)
+        # The order of an image's questions tells which were made from its shape: shuffle it away.
+        order = permute(np.arange(len(questions)), len(questions), key_of(number))
+        shuffled = [questions[i] for i in order]
+        for start in range(0, len(shuffled), source.questions_per_image):
+            parts: list[Text | Picture | Answer] = [Picture(data)]
+            for question in shuffled[start : start + source.questions_per_image]:
+                parts += [Text(question.text, learned=False), Answer(question.answer)]
+            yield tuple(parts)
+
+
+def _pydoc_documents() -> Iterator[Document]:
+    from pydoc_data.topics import topics
+
+    for _, text in sorted(topics.items()):
+        for section in _sections(text, 1000):
+            yield (Text(section, learned=True),)
+
+
+def _sections(text: str, size: int) -> Iterator[str]:
+    """Whole paragraphs of `text`, in groups of at least `size` characters (the last may be shorter)."""
+    section = ""
+    for paragraph in text.split("\n\n"):
+        section += paragraph + "\n\n"
+        if len(section) >= size:
+            yield section
+            section = ""
+    if section.strip():
+        yield section
+
+

@@ -1,0 +1,101 @@
+"""The byte-level BPE that turns documents into tokens, and its special tokens."""
+
+from collections.abc import Iterable
+
+import numpy as np
+from tokenizers import Tokenizer as BPE
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from armillary.data_pipeline.sources import Answer, Document, Picture, Text
+from armillary.errors import DataError
+
+IMAGE, ANSWER, END = "<|image|>", "<|answer|>", "<|end|>"
+
+
+class Tokenizer:
+    """Byte-level BPE: any text has tokens, and they decode to exactly that text.
+
+    `<|image|>` stands for an image, `<|answer|>` asks for an answer, `<|end|>` ends an answer or a document.
+    """
+
+    def __init__(self, bpe: BPE):
+        self._bpe = bpe
+        self.image, self.answer, self.end = (bpe.token_to_id(token) for token in (IMAGE, ANSWER, END))
+        self.size = bpe.get_vocab_size()
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """Train on `texts` up to `vocab_size` entries (256 bytes and 3 special tokens always among them)."""
+        bpe = BPE(models.BPE())
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[IMAGE, ANSWER, END],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        bpe.train_from_iterator(texts, trainer)
+        return cls(bpe)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Tokenizer":
+        """The tokenizer that `to_json` wrote."""
+        try:
+            tokenizer = cls(BPE.from_str(text))
+        except Exception as error:  # tokenizers raises bare Exception for every malformed input
+            raise DataError(f"the tokenizer cannot be read: {error}", "manifest", "build the shards again") from None
+        if None in (tokenizer.image, tokenizer.answer, tokenizer.end):
+            raise DataError("the tokenizer lacks a special token", "manifest", "build the shards again")
+        return tokenizer
+
+    def to_json(self) -> str:
+        return self._bpe.to_str()
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of plain text. What looks like a special token in it is encoded as ordinary characters."""
+        pieces = [text]
+        for special in (IMAGE, ANSWER, END):
+            pieces = [part for piece in pieces for part in _cut(piece, special)]
+        return [token for piece in pieces for token in self._bpe.encode(piece, add_special_tokens=False).ids]
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return self._bpe.decode(list(tokens), skip_special_tokens=True)
+
+    def encode_document(self, document: Document) -> tuple[np.ndarray, np.ndarray, list[bytes]]:
+        """Tokens (int32 [n]), whether each is learned (uint8 [n]), and the images in their order."""
+        tokens: list[int] = []
+        learned: list[bool] = []
+        images: list[bytes] = []
+
+        def put(ids: list[int], learn: bool):
+            tokens.extend(ids)
+            learned.extend([learn] * len(ids))
+
+        for part in document:
+            match part:
+                case Picture(data):
+                    images.append(data)
+                    put([self.image], False)
+                case Text(text, learn):
+                    put(self.encode(text), learn)
+                case Answer(text):
+                    put([self.answer], False)
+                    put([*self.encode(text), self.end], True)
+        if not isinstance(document[-1], Answer):
+            put([self.end], True)
+        return np.asarray(tokens, np.int32), np.asarray(learned, np.uint8), images
+
+
+def document_texts(document: Document) -> list[str]:
+    """The texts of a document, for training a tokenizer."""
+    return [part.text for part in document if not isinstance(part, Picture)]
+
+
+def _cut(text: str, special: str) -> list[str]:
+    """Split `special` after its first character wherever it occurs, so that it is never matched whole."""
+    pieces = text.split(special)
+    return [
+        (special[1:] if i else "") + piece + (special[0] if i + 1 < len(pieces) else "")
+        for i, piece in enumerate(pieces)
+    ]

@@ -1,0 +1,1 @@
+"""Operations of the model, one file each. They run wherever PyTorch runs."""

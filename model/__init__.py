@@ -1,0 +1,1 @@
+"""The image+text transformer: dimensions, layers, image encoder, decoder, generation."""

@@ -1,0 +1,16 @@
+"""Maps the folders on top to sub-packages of `armillary`; everything else is in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+TOP = ("launcher", "model", "kernels", "data_pipeline", "training", "evals")
+
+folders = {"armillary": "armillary"}
+for top in TOP:
+    for init in sorted((HERE / top).rglob("__init__.py")):
+        folder = init.parent.relative_to(HERE)
+        folders[".".join(("armillary", *folder.parts))] = folder.as_posix()
+
+setup(packages=list(folders), package_dir=folders)

@@ -1,0 +1,1 @@
+"""The step loop, parallel layout, optimizer engine, checkpoints and metrics."""

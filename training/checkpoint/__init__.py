@@ -1,0 +1,1 @@
+"""Checkpoints that no layout owns: tensors in global coordinates, committed by a manifest."""

@@ -1,0 +1,82 @@
+"""Loading: any layout takes from a checkpoint the parts that it holds."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import xxhash
+
+from armillary.errors import CheckpointError
+from armillary.model.coordinates import Placement
+from armillary.training.checkpoint.manifest import Chunk, Manifest, read_manifest
+
+
+class Reader:
+    """Tensors of a committed checkpoint, by key and region; every chunk's checksum is verified when first read."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.manifest: Manifest = read_manifest(folder)
+        self._by_key: dict[str, list[Chunk]] = {}
+        for chunk in self.manifest.chunks:
+            self._by_key.setdefault(chunk.key, []).append(chunk)
+
+    def keys(self) -> list[str]:
+        return list(self._by_key)
+
+    def whole(self, key: str) -> torch.Tensor:
+        """The whole of a global tensor, float32."""
+        shape = self._chunks(key)[0].global_shape
+        return self.region(key, (0,) * len(shape), shape)
+
+    def local(self, part: str, place: Placement) -> torch.Tensor:
+        """What a rank holds of a global tensor, float32; CheckpointError where the shapes differ."""
+        key = f"{part}/{place.name}"
+        shape = self._chunks(key)[0].global_shape
+        if shape != place.shape:
+            raise CheckpointError(
+                f"{place.name} has shape {list(shape)} in the checkpoint, {list(place.shape)} in the model",
+                self.folder,
+                "resume with the model's own dimensions",
+            )
+        blocks = []
+        for piece in place.pieces:
+            start, size = [0] * len(shape), list(shape)
+            start[place.axis], size[place.axis] = piece.start, piece.size
+            blocks.append(self.region(key, tuple(start), tuple(size)))
+        return torch.cat(blocks, place.axis)
+
+    def region(self, key: str, start: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
+        """Rows [start, start + shape) of a global tensor, float32, gathered from the chunks that overlap it."""
+        out = np.empty(shape, np.float32)
+        for chunk in self._chunks(key):
+            low = [max(a, b) for a, b in zip(start, chunk.start, strict=True)]
+            high = [
+                min(a + n, b + m)
+                for a, n, b, m in zip(start, shape, chunk.start, chunk.shape, strict=True)
+            ]
+            if all(a < b for a, b in zip(low, high, strict=True)):
+                to = tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start, strict=True))
+                of = tuple(slice(a - s, b - s) for a, b, s in zip(low, high, chunk.start, strict=True))
+                out[to] = self._read(chunk)[of]
+        return torch.from_numpy(out)
+
+    def _chunks(self, key: str) -> list[Chunk]:
+        if key not in self._by_key:
+            raise CheckpointError(
+                f"the checkpoint has no {key}", self.folder, "resume with the model's own dimensions"
+            )
+        return self._by_key[key]
+
+    def _read(self, chunk: Chunk) -> np.ndarray:
+        path, other = self.folder / chunk.file, "resume from another checkpoint of the run"
+        try:
+            with open(path, "rb") as file:
+                file.seek(chunk.offset)
+                raw = file.read(chunk.bytes)
+        except OSError as error:
+            raise CheckpointError(f"a checkpoint's file cannot be read: {error.strerror}", path, other) from None
+        found = xxhash.xxh3_64_hexdigest(raw)
+        if found != chunk.xxh3:
+            raise CheckpointError(f"{chunk.key} is corrupted: checksum {found}, manifest {chunk.xxh3}", path, other)
+        return np.frombuffer(raw, np.float32).reshape(chunk.shape)

@@ -1,0 +1,77 @@
+"""The tables that training reads: `[optimizer] [training] [checkpoint] [metrics]`, and all it sees of a job."""
+
+import math
+from typing import Literal
+
+from pydantic import Field
+
+from armillary.data_pipeline.batch import ImageShape
+from armillary.data_pipeline.config import DataConfig
+from armillary.model.config import ModelConfig
+from armillary.table import Table
+from armillary.training.layout import Layout
+
+
+class OptimizerConfig(Table):
+    """AdamW (Loshchilov and Hutter 2019) with a linear warm-up and a cosine decay."""
+
+    learning_rate: float = Field(3e-4, gt=0, description="peak learning rate")
+    final_ratio: float = Field(0.1, ge=0, le=1, description="learning rate of the last step / the peak")
+    warmup_steps: int = Field(20, ge=0, description="steps over which the learning rate rises to its peak")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of matrices; norms have none")
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the gradient's mean")
+    beta2: float = Field(0.95, ge=0, lt=1, description="decay of the gradient's square")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the gradient's square")
+    clip_grad: float = Field(1.0, gt=0, description="largest gradient norm, over all ranks; larger ones are scaled to it")
+
+    def rate(self, step: int, steps: int) -> float:
+        """Learning rate of step `step` (from 0) of `steps`."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        progress = min(1.0, (step - self.warmup_steps) / max(1, steps - 1 - self.warmup_steps))
+        cosine = 0.5 * (1 + math.cos(math.pi * progress))
+        return self.learning_rate * (self.final_ratio + (1 - self.final_ratio) * cosine)
+
+
+class TrainingConfig(Table):
+    """How long, how much at once, in which precision."""
+
+    steps: int = Field(1000, ge=1, description="optimizer steps of the whole run; the learning rate follows it")
+    global_batch: int = Field(8, ge=1, description="packed rows in one optimizer step, over all ranks")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of weights in use; fp32 master weights are kept")
+    seed: int = Field(0, ge=0, description="seed of the initial weights")
+    evaluate: bool = Field(True, description="score held-out questions when the last step is done")
+
+
+class CheckpointConfig(Table):
+    """When the run's state is saved."""
+
+    every: int = Field(200, ge=1, description="steps between checkpoints; one is also saved at the end and on Ctrl-C")
+
+
+class MetricsConfig(Table):
+    """Where each rank answers Prometheus."""
+
+    host: str = Field("127.0.0.1", description="address that the exporters listen on")
+    port: int = Field(0, ge=0, le=65535, description="port of rank 0, rank r listens on port + r; 0: any free port")
+
+
+class TrainJob(Table):
+    """Everything that training sees of a job."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    parallel: Layout = Layout()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    metrics: MetricsConfig = MetricsConfig()
+
+    @property
+    def image_shape(self) -> ImageShape:
+        return ImageShape(self.model.image_size, self.model.patch_size)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Positions in one global batch, padding included."""
+        return self.training.global_batch * self.data.seq_length

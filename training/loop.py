@@ -1,0 +1,212 @@
+"""One rank's training, from joining the others to the last checkpoint. Runs under Ray actors and torchrun alike."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from armillary.data_pipeline.cursor import Cursor
+from armillary.data_pipeline.loader import Loader
+from armillary.errors import DataError, RunError
+from armillary.model.coordinates import initialize, placements
+from armillary.model.multimodal import MultimodalModel
+from armillary.training.checkpoint.load import Reader
+from armillary.training.checkpoint.manifest import State
+from armillary.training.checkpoint.save import write_rank
+from armillary.training.config import TrainJob
+from armillary.training.engine import MOMENTS, Engine
+from armillary.training.metrics import Metrics
+from armillary.training.process_group import Rank
+from armillary.training.step import train_step
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What one rank is to do: which part of which run, from where, until when.
+
+    staging: folder for checkpoints in the making; resume: a committed checkpoint, or None for a new run;
+    until: the step to stop after.
+    """
+
+    run: str
+    job: TrainJob
+    job_hash: str
+    rank: Rank
+    staging: Path
+    resume: Path | None
+    until: int
+    generation: int = 0
+
+
+class Observer(Protocol):
+    """Whoever started the ranks. Only rank 0's observer is told of steps and saves."""
+
+    def stop_requested(self) -> bool:
+        """Whether to end after the step in hand; one rank's yes ends all."""
+
+    def step_done(self, record: dict) -> None:
+        """A step's figures: step, loss, grad_norm, learning_rate, tokens, seconds, data_wait_seconds."""
+
+    def saved(self, staging: Path, state: State) -> None:
+        """All ranks wrote a checkpoint into `staging`; commit it."""
+
+
+@dataclass
+class Trainer:
+    """A rank's model, optimizer and data, at some step of a run. Needs `process_group.join` before."""
+
+    assignment: Assignment
+
+    def __post_init__(self):
+        job, rank = self.assignment.job, self.assignment.rank
+        self.job, self.rank = job, rank
+        self.loader = Loader(job.data, job.image_shape)
+        if self.loader.tokenizer.size > job.model.vocab_size:
+            raise DataError(
+                f"the shards' tokenizer has {self.loader.tokenizer.size} entries, model.vocab_size is "
+                f"{job.model.vocab_size}",
+                job.data.path,
+                "raise model.vocab_size, or leave it out",
+            )
+        bf16 = job.training.precision == "bf16"
+        self.model = build_model(job, rank.device)
+        self.engine = Engine(self.model, job.optimizer, bf16)
+        self.step, self.cursor, self.tokens, self.loss = 0, Cursor(), 0, math.nan
+        if self.assignment.resume is not None:
+            self._load(Reader(self.assignment.resume))
+        layout = job.parallel
+        self.data = self.loader.steps(
+            self.cursor,
+            job.training.global_batch,
+            layout.micro_batch,
+            layout.coordinates(rank.rank).data,
+            layout.data,
+            with_images=parallel_state.is_pipeline_first_stage(),
+        )
+
+    def train_step(self, stop: bool) -> tuple[dict, bool]:
+        """Do one step; its record, and whether the ranks agreed to stop after it."""
+        started = time.perf_counter()
+        step = next(self.data)
+        waited = time.perf_counter() - started
+        rate = self.job.optimizer.rate(self.step, self.job.training.steps)
+        result = train_step(self.model, self.engine, step, rate, self.rank.device, stop)
+        self.step, self.cursor, self.loss = self.step + 1, step.after, result.loss
+        self.tokens += self.job.tokens_per_step
+        record = {
+            "step": self.step,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "learning_rate": rate,
+            "tokens": self.tokens,
+            "sample": step.after.sample,
+            "seconds": time.perf_counter() - started,
+            "data_wait_seconds": waited,
+            "compute_seconds": result.compute_seconds,
+            "reduce_seconds": result.reduce_seconds,
+        }
+        return record, result.stop
+
+    def save(self) -> tuple[Path, State]:
+        """Write this rank's part of a checkpoint; all ranks have written theirs when it returns."""
+        folder = self.assignment.staging / f"step-{self.step:08d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_rank(folder, self.rank.rank, self.engine.state())
+        state = State(
+            step=self.step,
+            cursor=self.cursor,
+            tokens=self.tokens,
+            loss=self.loss,
+            run=self.assignment.run,
+            job_hash=self.assignment.job_hash,
+            job=self.job.model_dump(mode="json"),
+            saved_at=time.time(),
+        )
+        dist.barrier()
+        return folder, state
+
+    def close(self) -> None:
+        self.data.close()
+
+    def _load(self, checkpoint: Reader) -> None:
+        state = checkpoint.manifest.state
+        self.step, self.cursor, self.tokens, self.loss = state.step, state.cursor, state.tokens, state.loss
+        parts = ("weight", *MOMENTS)
+        states = {
+            place.name: {part: checkpoint.local(part, place).to(self.rank.device) for part in parts}
+            for _, place in placements(self.model)
+        }
+        self.engine.load_state(states, state.step)
+
+
+def build_model(job: TrainJob, device: torch.device) -> MultimodalModel:
+    """This rank's part of the job's model with its initial weights. Needs `process_group.join` before."""
+    dtype = torch.bfloat16 if job.training.precision == "bf16" else torch.float32
+    model = MultimodalModel(job.model, job.parallel.sequence_parallel, dtype)
+    initialize(model, job.training.seed)
+    return model.to(device)
+
+
+def run(assignment: Assignment, observer: Observer, serving: Callable[[str], None] = lambda address: None) -> int:
+    """Train from the assignment's start to its end; returns the last step done.
+
+    `serving` is told where this rank's metrics are. A checkpoint is saved every `checkpoint.every` steps, at
+    the end, and when the observer asks to stop.
+    """
+    job, metrics = assignment.job, Metrics(assignment.run, assignment.rank.rank)
+    serving(metrics.serve(job.metrics))
+    metrics.restarts.inc(assignment.generation)
+    trainer = Trainer(assignment)
+    first, at_save, saved = assignment.rank.rank == 0, time.time(), trainer.step
+    try:
+        metrics.phase("train")
+        stop = trainer.step >= assignment.until
+        while not stop:
+            record, stop = trainer.train_step(observer.stop_requested())
+            _count(metrics, record, job.tokens_per_step)
+            if first:
+                observer.step_done(record)
+            if not math.isfinite(record["loss"]) or not math.isfinite(record["grad_norm"]):
+                metrics.nonfinite_steps.inc()
+                raise RunError(
+                    f"the loss is {record['loss']} and the gradient norm {record['grad_norm']} at step {trainer.step}",
+                    f"sample {record['sample']}",
+                    "resume from the last checkpoint with a lower optimizer.learning_rate",
+                )
+            stop = stop or trainer.step >= assignment.until
+            if stop or trainer.step % job.checkpoint.every == 0:
+                metrics.phase("checkpoint")
+                started = time.perf_counter()
+                folder, state = trainer.save()
+                if first:
+                    observer.saved(folder, state)
+                metrics.checkpoint_seconds.inc(time.perf_counter() - started)
+                metrics.checkpoint_time.set(time.time())
+                metrics.checkpoint_interval.set((time.time() - at_save) / (trainer.step - saved) * job.checkpoint.every)
+                at_save, saved = time.time(), trainer.step
+                metrics.phase("train")
+        metrics.phase("end")
+        return trainer.step
+    except OSError as error:
+        metrics.checkpoint_failures.inc()
+        raise RunError(f"a file could not be written: {error.strerror}", error.filename or "", "free some space") from error
+    finally:
+        trainer.close()
+        metrics.close()
+
+
+def _count(metrics: Metrics, record: dict, tokens: int) -> None:
+    metrics.steps.inc()
+    metrics.tokens.inc(tokens)
+    metrics.loss.set(record["loss"])
+    metrics.grad_norm.set(record["grad_norm"])
+    metrics.learning_rate.set(record["learning_rate"])
+    metrics.data_wait_seconds.inc(record["data_wait_seconds"])
+    metrics.compute_seconds.inc(record["compute_seconds"])
+    metrics.reduce_seconds.inc(record["reduce_seconds"])

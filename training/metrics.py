@@ -1,0 +1,77 @@
+"""What each rank tells Prometheus."""
+
+import time
+from dataclasses import dataclass
+from http.server import HTTPServer
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+
+from armillary.errors import ClusterError
+from armillary.training.config import MetricsConfig
+
+PHASES = ("start", "train", "checkpoint", "end")
+
+
+@dataclass
+class Metrics:
+    """One rank's exporter: every series carries `run` and `rank`. Names are part of the interface to alerts."""
+
+    run: str
+    rank: int
+
+    def __post_init__(self):
+        self.registry = CollectorRegistry()
+        self._server: HTTPServer | None = None
+        self.steps = self._counter("steps", "optimizer steps done")
+        self.tokens = self._counter("tokens", "positions of the global batches trained on (count one rank, not all)")
+        self.nonfinite_steps = self._counter("nonfinite_steps", "steps whose loss or gradient norm was not finite")
+        self.compute_seconds = self._counter("compute_seconds", "seconds in forward and backward passes")
+        self.reduce_seconds = self._counter("reduce_seconds", "seconds in gradient reduction and the optimizer")
+        self.data_wait_seconds = self._counter("data_wait_seconds", "seconds waiting for a batch")
+        self.checkpoint_seconds = self._counter("checkpoint_seconds", "seconds that training stood still for a save")
+        self.checkpoint_failures = self._counter("checkpoint_failures", "checkpoints that could not be saved")
+        self.restarts = self._counter("restarts", "generations of this run before this one")
+        self.loss = self._gauge("loss", "mean cross entropy of the last step's learned tokens, nats")
+        self.grad_norm = self._gauge("grad_norm", "global gradient norm of the last step, before clipping")
+        self.learning_rate = self._gauge("learning_rate", "learning rate of the last step")
+        self.checkpoint_time = self._gauge(
+            "checkpoint_last_success_timestamp_seconds", "when the last checkpoint was saved (Unix time)"
+        )
+        self.checkpoint_interval = self._gauge("checkpoint_interval_seconds", "expected seconds between checkpoints")
+        self._phases = Gauge("armillary_train_phase", "1 for the phase that this rank is in",
+                             ("run", "rank", "phase"), registry=self.registry)  # fmt: skip
+        self.checkpoint_time.set(time.time())  # the age of a run's first checkpoint counts from its start
+        self.phase("start")
+
+    def phase(self, name: str) -> None:
+        assert name in PHASES
+        for phase in PHASES:
+            self._phases.labels(self.run, str(self.rank), phase).set(phase == name)
+
+    def serve(self, config: MetricsConfig) -> str:
+        """Answer on config.host; returns "host:port". ClusterError where the port is taken."""
+        port = config.port + self.rank if config.port else 0
+        try:
+            self._server, _ = start_http_server(port, config.host, self.registry)
+        except (OSError, OverflowError) as error:
+            raise ClusterError(
+                f"the metrics of rank {self.rank} cannot be served: {error}",
+                f"{config.host}:{port}",
+                "set metrics.port to a free range, or to 0 for any free port",
+            ) from None
+        return f"{config.host}:{self._server.server_port}"
+
+    def close(self) -> None:
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(f"armillary_train_{name}", text, ("run", "rank"), registry=self.registry).labels(
+            self.run, str(self.rank)
+        )
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(f"armillary_train_{name}", text, ("run", "rank"), registry=self.registry).labels(
+            self.run, str(self.rank)
+        )

@@ -1,0 +1,71 @@
+"""Joining the other ranks: torch.distributed and Megatron-core's groups, on GPU (NCCL) or CPU (gloo)."""
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from armillary.errors import RunError
+from armillary.training import cpu_runtime
+from armillary.training.layout import Layout
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One process of a run: its number, its number on its machine, and where rank 0 waits."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    address: str = "127.0.0.1"
+    port: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def join(rank: Rank, layout: Layout, timeout_seconds: float = 300.0) -> None:
+    """Meet the other ranks and form the layout's groups. A single process needs no address.
+
+    May be called again in one process for another layout of the same world size.
+    """
+    cpu_runtime.install()
+    os.environ["LOCAL_RANK"] = str(rank.local_rank)  # DeepSpeed reads its device from here
+    if rank.device.type == "cuda":
+        torch.cuda.set_device(rank.device)
+    if not dist.is_initialized():
+        store: dist.Store = dist.HashStore()
+        try:
+            if rank.world_size > 1:
+                wait = datetime.timedelta(seconds=timeout_seconds)
+                store = dist.TCPStore(rank.address, rank.port, rank.world_size, rank.rank == 0, timeout=wait)
+            dist.init_process_group(
+                "nccl" if rank.device.type == "cuda" else "gloo",
+                store=store,
+                rank=rank.rank,
+                world_size=rank.world_size,
+                timeout=datetime.timedelta(seconds=timeout_seconds),
+            )
+        except (dist.DistStoreError, dist.DistNetworkError) as error:
+            raise RunError(
+                f"rank {rank.rank} could not meet the other {rank.world_size - 1}: {str(error).splitlines()[0]}",
+                f"{rank.address}:{rank.port}",
+                "see the other ranks' logs; raise the timeout if the machines are slow to start",
+            ) from None
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor, pipeline_model_parallel_size=layout.pipeline
+    )
+    # Sequence parallelism forks this random state; nothing is drawn from it while there is no dropout.
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+
+
+def leave() -> None:
+    """Undo `join`."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
