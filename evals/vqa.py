@@ -3,12 +3,17 @@
 import collections
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import torch
 
 from armillary.data_pipeline.batch import ImageShape, PackedBatch, Sequence, assemble, lay_out
-from armillary.data_pipeline.sources import Answer, Picture, Question, Text
+from armillary.data_pipeline.sources import Answer, Picture, Question, Text, easy_vqa_questions
 from armillary.data_pipeline.tokenizer import Tokenizer
+from armillary.training.config import TrainJob
+from armillary.training.inference import load_model
+from armillary.training.step import to_inputs
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,37 @@ class Score:
     @property
     def accuracy(self) -> float:
         return self.correct / self.total
+
+
+def has_questions(job: TrainJob) -> bool:
+    """Whether the job trains on easy-vqa, so that its test split measures something."""
+    return any(source.kind == "easy_vqa" for source in job.data.sources)
+
+
+@torch.no_grad()
+def evaluate(
+    checkpoint: Path,
+    tokenizer: Tokenizer,
+    limit: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Score:
+    """Score a checkpoint on the test split, or on its first `limit` questions; progress(done, total) as it goes."""
+    model, job = load_model(checkpoint)
+    path = next((source.path for source in job.data.sources if source.kind == "easy_vqa"), "")
+    train, test = easy_vqa_questions("train", path), easy_vqa_questions("test", path)
+    test = test[:limit] if limit else test
+
+    def predict(batch: PackedBatch) -> np.ndarray:
+        parameter = next(model.parameters())
+        logits = model(to_inputs(batch, parameter.device, parameter.dtype))
+        return logits[:, 0].argmax(-1).cpu().numpy()
+
+    correct = total = 0
+    for batch in batches(test, tokenizer, job.image_shape, max(job.data.seq_length, 512), rows=8):
+        right, asked = score(predict(batch), batch)
+        correct, total = correct + right, total + asked
+        progress(total, len(test))
+    return Score(correct, total, blind_accuracy(train, test))
 
 
 def blind_accuracy(train: list[Question], test: list[Question]) -> float:
@@ -57,17 +93,14 @@ def batches(
     yield assemble(packed, seq_length, shape)
 
 
-def score(predict: Callable[[PackedBatch], np.ndarray], packed: Iterator[PackedBatch]) -> tuple[int, int]:
-    """(correct, total) of packed questions; predict gives the likeliest next token of every position [T].
+def score(predicted_T: np.ndarray, batch: PackedBatch) -> tuple[int, int]:
+    """(correct, total) of a batch's questions, given the likeliest next token of every position.
 
     Greedy decoding writes exactly the given answer if and only if each of its tokens, and the end after it, is
     the likeliest at its place: one pass over question and answer scores as decoding would.
     """
-    correct = total = 0
-    for batch in packed:
-        right = (predict(batch) == batch.labels_T) | (batch.loss_mask_T == 0)
-        answered = batch.segment_ids_T >= 0
-        wrong = np.unique(batch.segment_ids_T[answered & ~right])
-        segments = len(np.unique(batch.segment_ids_T[answered]))
-        correct, total = correct + segments - len(wrong), total + segments
-    return correct, total
+    right = (predicted_T == batch.labels_T) | (batch.loss_mask_T == 0)
+    answered = batch.segment_ids_T >= 0
+    questions = np.unique(batch.segment_ids_T[answered])
+    wrong = np.unique(batch.segment_ids_T[answered & ~right])
+    return len(questions) - len(wrong), len(questions)

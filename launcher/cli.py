@@ -1,0 +1,219 @@
+"""The command line. Each command reads its arguments, calls one function, and prints what came out."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from armillary import __version__
+from armillary.errors import ArmillaryError, DataError, JobError
+
+app = typer.Typer(
+    help="Train large image+text transformers from one job file.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+job_app = typer.Typer(help="Look at job files.", no_args_is_help=True)
+data_app = typer.Typer(help="Make data ready.", no_args_is_help=True)
+eval_app = typer.Typer(help="Measure a trained model.", no_args_is_help=True)
+app.add_typer(job_app, name="job")
+app.add_typer(data_app, name="data")
+app.add_typer(eval_app, name="eval")
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB.toml", help="the job file")]
+Overrides = Annotated[list[str], typer.Argument(metavar="[TABLE.KEY=VALUE]...", help="keys set over the job file's")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="the run's directory")]
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON line on standard output")]
+StopAt = Annotated[int, typer.Option(help="stop after this step, with a checkpoint; 0: train to the end", min=0)]
+Address = Annotated[str, typer.Option(help="Ray cluster to join; sets cluster.address")]
+
+
+@app.command()
+def train(
+    job_file: JobFile,
+    overrides: Overrides = (),
+    run_dir: Annotated[Path | None, typer.Option(help="directory of the run; default runs/NAME-TIME")] = None,
+    stop_at: StopAt = 0,
+    address: Address = "",
+    as_json: AsJson = False,
+) -> None:
+    """Train a new run on Ray: shards are built if there are none, checkpoints saved as it goes."""
+    from armillary.launcher.job import load_job
+
+    job = load_job(job_file, _with_address(overrides, address))
+    from armillary.launcher.train import start
+
+    _finish(start(job, run_dir, stop_at, _console()), as_json)
+
+
+@app.command()
+def resume(
+    run: RunPath,
+    overrides: Overrides = (),
+    stop_at: StopAt = 0,
+    address: Address = "",
+    as_json: AsJson = False,
+) -> None:
+    """Go on with a run from its latest checkpoint, on any layout: parallel.tensor=1 parallel.pipeline=2."""
+    from armillary.launcher.train import resume as go_on
+
+    _finish(go_on(run, _with_address(overrides, address), stop_at, _console()), as_json)
+
+
+@job_app.command()
+def check(job_file: JobFile, overrides: Overrides = (), as_json: AsJson = False) -> None:
+    """Say whether a job file is right, and what it comes to."""
+    from armillary.launcher.job import load_job
+
+    job = load_job(job_file, overrides)
+    if as_json:
+        print(json.dumps({"hash": job.hash(), "job": job.model_dump(mode="json")}))
+    else:
+        print(job.to_toml())
+        print(f"# {job_file} is right; {job.parallel.world_size} ranks, hash {job.hash()}")
+
+
+@job_app.command()
+def explain(as_json: AsJson = False) -> None:
+    """Every key of a job file: type, default, meaning."""
+    from armillary.launcher.job import explain as keys
+
+    rows = list(keys())
+    if as_json:
+        print(json.dumps([dict(zip(("key", "type", "default", "meaning"), row, strict=True)) for row in rows]))
+        return
+    table = Table(box=None, pad_edge=False)
+    for heading in ("key", "type", "default", "meaning"):
+        table.add_column(heading, no_wrap=heading == "key", overflow="fold")
+    for row in rows:
+        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+@data_app.command()
+def build(
+    job_file: JobFile,
+    overrides: Overrides = (),
+    force: Annotated[bool, typer.Option("--force", help="replace shards that are there")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tokenize and encode the job's sources into Arrow shards."""
+    from armillary.data_pipeline.build import build as build_shards
+    from armillary.launcher.job import load_job
+
+    job, console = load_job(job_file, overrides), _console()
+
+    def progress(source: str, count: int) -> None:
+        console.print(f"building shards: {source}, {count:,} documents", highlight=False)
+
+    manifest = build_shards(job.data, progress, force)
+    totals = {
+        source: {key: sum(getattr(s, key) for s in shards) for key in ("documents", "tokens", "images", "bytes")}
+        for source, shards in manifest.sources.items()
+    }
+    if as_json:
+        print(json.dumps({"path": job.data.path, "sources": totals}))
+        return
+    for source, total in totals.items():
+        print(f"{source}: " + ", ".join(f"{value:,} {key}" for key, value in total.items()))
+    print(f"shards are in {job.data.path}")
+
+
+@app.command()
+def generate(
+    run: RunPath,
+    prompt: Annotated[str, typer.Option(help="a question about the image, or text to continue")],
+    image: Annotated[Path | None, typer.Option(help="an image file")] = None,
+    max_tokens: Annotated[int, typer.Option(help="tokens to write at most", min=1)] = 64,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token each time; above: sampled", min=0.0)] = 0.0,
+    seed: Annotated[int, typer.Option(help="seed of the sampling")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Let a run's latest checkpoint answer a question about an image, or go on with a text."""
+    if not prompt.strip():
+        raise JobError("the prompt is empty", "--prompt", "ask something")
+    data = None
+    if image is not None:
+        from armillary.data_pipeline.sources import check_image
+
+        try:
+            data = image.read_bytes()
+        except OSError as error:
+            raise DataError(f"the image cannot be read: {error.strerror}", image, "check the path") from None
+        check_image(data, image)
+    from armillary.launcher.answer import Answerer
+
+    answer = Answerer(run).answer(prompt, data, max_tokens, temperature, seed)
+    print(json.dumps({"answer": answer}) if as_json else answer)
+
+
+@eval_app.command("run")
+def run_eval(
+    suite: Annotated[str, typer.Argument(metavar="SUITE", help="easy-vqa")],
+    model: Annotated[Path, typer.Option(help="the run's directory")],
+    limit: Annotated[int, typer.Option(help="only the first so many questions; 0: all", min=0)] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Score a run's latest checkpoint on held-out questions."""
+    if suite != "easy-vqa":
+        raise JobError(f"there is no suite {suite}", "command line", "the suites are: easy-vqa")
+    from rich.progress import Progress
+
+    from armillary.evals.vqa import evaluate
+    from armillary.launcher.run import Run
+
+    run = Run.open(model)
+    with Progress(console=_console(), transient=True) as progress:
+        task = progress.add_task("questions", total=None)
+        score = evaluate(
+            run.latest(), run.tokenizer(), limit, lambda done, total: progress.update(task, completed=done, total=total)
+        )
+    if as_json:
+        print(json.dumps({"suite": suite, "accuracy": score.accuracy, "blind_accuracy": score.blind,
+                          "correct": score.correct, "questions": score.total}))  # fmt: skip
+    else:
+        print(f"accuracy {score.accuracy:.4f} on {score.total:,} questions; blind baseline {score.blind:.4f}")
+
+
+@app.callback(invoke_without_command=True)
+def version(show: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+    if show:
+        print(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: an ArmillaryError is one message and its exit code; anything else is a bug, with its traceback."""
+    import warnings
+
+    warnings.filterwarnings("ignore")  # of Megatron-core and DeepSpeed about packages that are not needed here
+    os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    try:
+        app()
+    except ArmillaryError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def _console() -> Console:
+    return Console(stderr=True)
+
+
+def _with_address(overrides: list[str], address: str) -> list[str]:
+    return [*overrides, f'cluster.address="{address}"'] if address else list(overrides)
+
+
+def _finish(summary, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(summary.as_dict()))
+    else:
+        summary.print(Console())
+    if summary.interrupted:
+        print(f"interrupted; go on with: armillary resume {summary.run}", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,90 @@
+"""Ray: starting it on this machine, or joining a cluster, with token authentication either way."""
+
+import contextlib
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from armillary.errors import ClusterError
+from armillary.launcher.placement import Node
+
+
+@contextlib.contextmanager
+def connected(address: str, ranks: int) -> Iterator[bool]:
+    """Within, Ray is connected: to `address`, or to a cluster of this machine alone that ends with the block.
+
+    Yields whether the machine has GPUs for the ranks. A cluster of our own listens on loopback only and has a
+    token of its own, which is in no log and no argument. Joining needs the cluster's token in RAY_AUTH_TOKEN or
+    RAY_AUTH_TOKEN_PATH. Raises ClusterError.
+    """
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    folder = Path(tempfile.mkdtemp(prefix="armillary-"))
+    saved = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    try:
+        if not address:
+            token = folder / "token"
+            with open(os.open(token, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
+                file.write(secrets.token_hex(32))
+            os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+        import ray
+
+        try:
+            if address:
+                _check_token()
+                ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+            else:
+                ray.init(
+                    "local",
+                    num_cpus=max(ranks, os.cpu_count() or 1),
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                    object_store_memory=128 * 2**20,
+                    _node_ip_address="127.0.0.1",
+                    _temp_dir=str(folder / "ray"),
+                )
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            raise ClusterError(
+                f"Ray could not be {'reached' if address else 'started'}: {str(error).strip().splitlines()[0]}",
+                address or "this machine",
+                "check the address, and the cluster's token in RAY_AUTH_TOKEN_PATH" if address else "see `ray status`",
+            ) from None
+        yield ray.cluster_resources().get("GPU", 0) >= 1
+    finally:
+        with contextlib.suppress(ImportError):
+            import ray
+
+            ray.shutdown()
+        if saved is None:
+            os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
+        else:
+            os.environ["RAY_AUTH_TOKEN_PATH"] = saved
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def nodes(gpus: bool, cpus_per_rank: int) -> list[Node]:
+    """The live nodes of the connected cluster and their room for ranks: one a GPU, or one a `cpus_per_rank`."""
+    import ray
+
+    return [
+        Node(node["NodeID"], int(node["Resources"].get("GPU" if gpus else "CPU", 0) // (1 if gpus else cpus_per_rank)))
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def _check_token() -> None:
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if os.environ.get("RAY_AUTH_TOKEN") or (path and Path(path).is_file()):
+        return
+    if not path and (Path.home() / ".ray" / "auth_token").is_file():
+        return
+    raise ClusterError(
+        "there is no token to join the cluster with",
+        path or "RAY_AUTH_TOKEN_PATH",
+        "put the cluster's token into a file of yours alone and its path into RAY_AUTH_TOKEN_PATH",
+    )

@@ -1,0 +1,269 @@
+"""The driver: places the ranks, launches them, watches them, and commits what they save.
+
+States: place -> launch -> run -> end. What it decides is in placement.py; this file only carries it out.
+"""
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from armillary.errors import ERRORS, ArmillaryError, ClusterError, RunError
+from armillary.launcher import cluster
+from armillary.launcher.job import Job
+from armillary.launcher.placement import Bundle, Failure, blame, place
+from armillary.launcher.progress import View
+from armillary.launcher.run import Run
+from armillary.training.checkpoint.manifest import State
+from armillary.training.checkpoint.save import discard
+
+POLL_SECONDS = 0.1
+GRACE_SECONDS = 3.0  # for the peers of a failed rank to tell what they saw
+USER_ERRORS = set(ERRORS)
+
+
+@dataclass
+class Outcome:
+    """How a launch ended: the last step done, and whether it was stopped before `until`."""
+
+    step: int
+    interrupted: bool
+
+
+@dataclass
+class _Stop:
+    """Counts Ctrl-C and SIGTERM: the first asks for a checkpoint and an end, the second ends at once."""
+
+    count: int = 0
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[_Stop]:
+    stop = _Stop()
+
+    def handle(number, frame):
+        stop.count += 1
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass
+class _Ranks:
+    """The actors of one generation."""
+
+    workers: list = field(default_factory=list)
+    results: list = field(default_factory=list)
+    addresses: dict[int, str] = field(default_factory=dict)
+    heard: list[int] = field(default_factory=list)
+
+
+def drive(run: Run, job: Job, until: int, resume: Path | None, view: View) -> Outcome:
+    """Train from `resume` (None: from the start) to step `until` on Ray.
+
+    Raises the ArmillaryError of the rank that failed first, with its log named. All processes are gone when it
+    returns.
+    """
+    number, folder = run.new_generation()
+    run.event("launch", generation=number, layout=job.parallel.model_dump(), resume=str(resume or ""), until=until)
+    with _signals() as stop:
+        view.say("starting Ray" if not job.cluster.address else f"joining Ray at {job.cluster.address}")
+        try:
+            with cluster.connected(job.cluster.address, job.parallel.world_size) as gpus:
+                ranks = _Ranks()
+                try:
+                    _launch(ranks, job, gpus, run, number, folder, until, resume)
+                    view.say(f"{job.parallel.world_size} ranks started, logs in {folder / 'logs'}")
+                    outcome = _watch(ranks, job, run, view, stop, until, folder)
+                finally:
+                    _kill(ranks)
+        except ArmillaryError as error:
+            run.event("failed", generation=number, error=str(error))
+            raise
+        finally:
+            discard(folder / "checkpoints")
+    run.event("ended", generation=number, step=outcome.step, interrupted=outcome.interrupted)
+    return outcome
+
+
+def _launch(
+    ranks: _Ranks, job: Job, gpus: bool, run: Run, number: int, folder: Path, until: int, resume: Path | None
+) -> None:
+    import ray
+    from ray.util.placement_group import placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    from armillary.launcher.worker import Worker
+
+    world = job.parallel.world_size
+    cpus = job.cluster.cpus_per_rank or (max(1, (os.cpu_count() or 1) // world) if not job.cluster.address else 1)
+    demand = {"CPU": cpus if not gpus else 1, **({"GPU": 1} if gpus else {})}
+    bundles = place(cluster.nodes(gpus, cpus), world, job.parallel.tensor)
+    group = placement_group(
+        [{name: amount * bundle.count for name, amount in demand.items()} for bundle in bundles],
+        strategy="STRICT_SPREAD",
+        bundle_label_selector=[{"ray.io/node-id": bundle.node} for bundle in bundles],
+    )
+    try:
+        ray.get(group.ready(), timeout=job.cluster.start_timeout)
+    except ray.exceptions.GetTimeoutError:
+        raise ClusterError(
+            f"the machines for {world} ranks were not free within {job.cluster.start_timeout:.0f} s",
+            job.cluster.address or "this machine",
+            "wait for other jobs to end, or raise cluster.start_timeout",
+        ) from None
+    environment = {"OMP_NUM_THREADS": str(cpus), "PYTHONWARNINGS": "ignore", "DS_LOG_LEVEL": "warning"}
+    if not job.cluster.address:
+        environment["GLOO_SOCKET_IFNAME"] = "lo"
+    for rank, (index, _) in enumerate(_slots(bundles)):
+        actor = ray.remote(Worker).options(
+            num_cpus=demand["CPU"],
+            num_gpus=demand.get("GPU", 0),
+            max_concurrency=4,
+            max_restarts=0,
+            runtime_env={"env_vars": environment},
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
+        )
+        ranks.workers.append(actor.remote(rank, folder / "logs" / f"rank-{rank:05d}.log"))
+    try:
+        places = ray.get([worker.where.remote() for worker in ranks.workers], timeout=job.cluster.start_timeout)
+    except ray.exceptions.RayError as error:
+        raise ClusterError(
+            f"a rank's process did not start: {_first_line(error)}", folder / "logs", "see the logs there"
+        ) from None
+    run.event("placed", ranks=places)
+    address = places[0]["address"]
+    port = ray.get(ranks.workers[0].free_port.remote(address))
+    train_job = job.train_job().model_dump(mode="json")
+    for rank, (worker, (_, local)) in enumerate(zip(ranks.workers, _slots(bundles), strict=True)):
+        assignment = {
+            "run": run.path.name,
+            "job": train_job,
+            "job_hash": job.hash(),
+            "rank": {"rank": rank, "world_size": world, "local_rank": 0 if gpus else local, "address": address,
+                     "port": port},
+            "staging": folder / "checkpoints",
+            "resume": resume,
+            "until": until,
+            "generation": number,
+            "start_timeout": job.cluster.start_timeout,
+        }  # fmt: skip
+        ranks.results.append(worker.run.remote(assignment))
+    ranks.heard = [0] * world
+
+
+def _slots(bundles: list[Bundle]) -> Iterator[tuple[int, int]]:
+    """(bundle, number within it) of every rank in order."""
+    for index, bundle in enumerate(bundles):
+        for local in range(bundle.count):
+            yield index, local
+
+
+def _watch(ranks: _Ranks, job: Job, run: Run, view: View, stop: _Stop, until: int, folder: Path) -> Outcome:
+    import ray
+
+    asked, pending = 0, list(ranks.results)
+    while pending:
+        done, pending = ray.wait(pending, num_returns=len(pending), timeout=POLL_SECONDS)
+        _listen(ranks, job, run, view)
+        failures = _failures(ranks, done)
+        if failures:
+            _fail(ranks, failures, pending, folder)
+        if stop.count > asked:
+            asked = stop.count
+            if asked > 1:
+                raise RunError("stopped at once, at the second request", run.path, "resume from the last checkpoint")
+            view.say("stopping after this step, with a checkpoint (again to stop at once)")
+            for worker in ranks.workers:
+                worker.stop.remote()
+    _listen(ranks, job, run, view)
+    step = ray.get(ranks.results[0])
+    return Outcome(step, interrupted=bool(asked) and step < until)
+
+
+def _listen(ranks: _Ranks, job: Job, run: Run, view: View) -> None:
+    """Take in what the ranks have to say; a rank that is gone says nothing."""
+    import ray
+
+    asked = [worker.messages.remote(heard) for worker, heard in zip(ranks.workers, ranks.heard, strict=True)]
+    for rank, ref in enumerate(asked):
+        try:
+            messages = ray.get(ref, timeout=30)
+        except ray.exceptions.RayError:
+            continue  # its result tells how it ended
+        ranks.heard[rank] += len(messages)
+        for message in messages:
+            _take(ranks, rank, message, job, run, view)
+
+
+def _take(ranks: _Ranks, rank: int, message: dict, job: Job, run: Run, view: View) -> None:
+    match message.pop("kind"):
+        case "serving":
+            ranks.addresses[rank] = message["address"]
+            if len(ranks.addresses) == len(ranks.workers):
+                run.write_targets([ranks.addresses[r] for r in range(len(ranks.workers))])
+                view.say(f"metrics of every rank: {run.targets_file}")
+        case "step":
+            run.event("step", **{key: value for key, value in message.items() if key != "time"})
+            view.step(message)
+        case "saved":
+            state = State.model_validate(message["state"])
+            run.commit(Path(message["staging"]), state, len(ranks.workers))
+            ranks.workers[rank].committed.remote()
+            view.saved(state.step)
+
+
+def _failures(ranks: _Ranks, done: list) -> list[Failure]:
+    import ray
+
+    found = []
+    for ref in done:
+        rank = ranks.results.index(ref)
+        try:
+            result = ray.get(ref)
+        except ray.exceptions.RayActorError:
+            found.append(Failure(rank, "died", "its process ended"))
+        except ray.exceptions.RayError as error:
+            found.append(Failure(rank, type(error).__name__, _first_line(error)))
+        else:
+            if isinstance(result, Failure):
+                found.append(result)
+    return found
+
+
+def _fail(ranks: _Ranks, failures: list[Failure], pending: list, folder: Path) -> None:
+    """Raise the error that explains the failures, after a short wait for the other ranks' own."""
+    import ray
+
+    if pending:
+        done, _ = ray.wait(pending, num_returns=len(pending), timeout=GRACE_SECONDS)
+        failures = failures + _failures(ranks, done)
+    first = blame(failures, USER_ERRORS)
+    log = folder / "logs" / f"rank-{first.rank:05d}.log"
+    if first.kind in ERRORS:
+        raise ERRORS[first.kind](*first.message.split("\0"))
+    if first.kind == "died":
+        raise RunError(
+            f"rank {first.rank} of {len(ranks.workers)} died", log,
+            "see its log and the machine's (out of memory?), then `armillary resume`",
+        )  # fmt: skip
+    raise RunError(f"rank {first.rank} failed: {first.kind}: {first.message}", log, "the traceback is in that log")
+
+
+def _kill(ranks: _Ranks) -> None:
+    import ray
+
+    for worker in ranks.workers:
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.kill(worker)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+

@@ -1,0 +1,163 @@
+"""The job file: one TOML file is one run. Everything wrong with it is refused here, before anything starts."""
+
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+import tomli_w
+from pydantic import BaseModel, Field, ValidationError
+
+from armillary.errors import JobError
+from armillary.table import Table
+from armillary.training.config import TrainJob
+
+
+class ClusterConfig(Table):
+    """The `[cluster]` table: what the launcher asks of the machines."""
+
+    address: str = Field("", description="Ray cluster to join, as host:port; empty: start one on this machine")
+    cpus_per_rank: int = Field(0, ge=0, description="processors of one rank; 0: this machine's, shared out evenly")
+    start_timeout: float = Field(300.0, gt=0, description="seconds that ranks may take to find machines and meet")
+
+
+class Job(TrainJob):
+    """A whole job file."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run's directory and metrics")
+    cluster: ClusterConfig = ClusterConfig()
+
+    def hash(self) -> str:
+        """Names the resolved job: 16 hex digits of the SHA-256 of its canonical JSON."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_toml(self) -> str:
+        """The resolved job, every key with its value."""
+        return tomli_w.dumps(self.model_dump(mode="json"))
+
+    def train_job(self) -> TrainJob:
+        """The part that training sees."""
+        return TrainJob.model_validate(self.model_dump(include=set(TrainJob.model_fields)))
+
+
+def load_job(path: Path, overrides: list[str] = ()) -> Job:
+    """Read a job file and apply `table.key=value` overrides; JobError names the file, key, reason and remedy."""
+    return resolve(apply_overrides(read_toml(path), overrides), str(path))
+
+
+def read_toml(path: Path) -> dict:
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except FileNotFoundError:
+        raise JobError("there is no such job file", path, "check the path; examples/ has some") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise JobError(f"the job file cannot be read: {error}", path, "check the path and its permissions") from None
+    except tomllib.TOMLDecodeError as error:
+        raise JobError(f"the job file is not valid TOML: {error}", path, "correct that line") from None
+
+
+def apply_overrides(job: dict, overrides: list[str] = ()) -> dict:
+    """A copy of `job` with each "table.key=value" set; a value is TOML, or else taken as a string."""
+    job = json.loads(json.dumps(job, default=str))
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        names = key.strip().split(".")
+        if not separator or not all(names):
+            raise JobError(f"an override is not of the form table.key=value: {override}", "command line",
+                           "for example training.steps=100")  # fmt: skip
+        table = job
+        for name in names[:-1]:
+            table = table.setdefault(name, {})
+            if not isinstance(table, dict):
+                raise JobError(f"{name} in {key} is not a table", "command line", "see `armillary job explain`")
+        try:
+            table[names[-1]] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            table[names[-1]] = text
+    return job
+
+
+def resolve(tables: dict, where: str) -> Job:
+    """Check a job's tables and fill in what they leave out."""
+    model = tables.get("model")
+    data = tables.get("data", {})
+    if isinstance(model, dict) and isinstance(data, dict) and not model.get("vocab_size"):
+        size = data.get("vocab_size", TrainJob.model_fields["data"].default.vocab_size)
+        if isinstance(size, int):
+            tables = tables | {"model": model | {"vocab_size": -(-size // 64) * 64}}
+    elif model is None:
+        return resolve(tables | {"model": {}}, where)
+    try:
+        job = Job.model_validate(tables)
+    except ValidationError as error:
+        raise _refusal(error, where) from None
+    if job.data.vocab_size > job.model.vocab_size:
+        raise JobError(
+            f"model.vocab_size: {job.model.vocab_size} is less than data.vocab_size = {job.data.vocab_size}", where,
+            "raise it, or leave it out",
+        )  # fmt: skip
+    problems = job.parallel.problems(job.model, job.data.seq_length, job.training.global_batch)
+    if problems:
+        reasons = "; ".join(f"{key}: {reason}" for key, reason in problems)
+        raise JobError(f"the layout cannot run this model: {reasons}", where, "change the layout or the dimension")
+    return job
+
+
+def explain() -> Iterator[tuple[str, str, str, str]]:
+    """Every key of a job file: (name, type, default, meaning), from the classes themselves."""
+    return _explain(Job, "")
+
+
+def _explain(table: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str, str]]:
+    scalars = [(n, f) for n, f in table.model_fields.items() if _table_in(f.annotation) is None]
+    tables = [(n, f) for n, f in table.model_fields.items() if _table_in(f.annotation) is not None]
+    for name, field in scalars:
+        default = "(required)" if field.is_required() else json.dumps(field.default)
+        yield f"{prefix}{name}", _type_name(field.annotation), default, field.description or ""
+    for name, field in tables:
+        listed = get_origin(field.annotation) is tuple
+        yield from _explain(_table_in(field.annotation), f"{prefix}{name}{'[]' if listed else ''}.")
+
+
+def _table_in(annotation: Any) -> type[BaseModel] | None:
+    """The table class of a field, or of the items of its list."""
+    inner = get_args(annotation)[0] if get_origin(annotation) is tuple else annotation
+    return inner if isinstance(inner, type) and issubclass(inner, BaseModel) else None
+
+
+def _type_name(annotation: Any) -> str:
+    if get_origin(annotation) in (Union, UnionType):
+        return " or ".join(map(_type_name, get_args(annotation)))
+    if isinstance(annotation, type):
+        return {"str": "string", "int": "integer", "float": "number", "bool": "true/false"}[annotation.__name__]
+    return " | ".join(json.dumps(choice) for choice in get_args(annotation))
+
+
+def _refusal(error: ValidationError, where: str) -> JobError:
+    """One message for everything that pydantic found wrong."""
+    reasons, fixes = [], []
+    for problem in error.errors():
+        path = [part for part in problem["loc"] if not isinstance(part, int)]
+        key = ".".join(map(str, problem["loc"])) or "job"
+        if problem["type"] == "extra_forbidden":
+            table = _table_at(path[:-1])
+            near = difflib.get_close_matches(str(path[-1]), list(table.model_fields), n=1, cutoff=0.0)
+            reasons.append(f"{key}: there is no such key")
+            fixes.append(f"did you mean {'.'.join(map(str, [*path[:-1], near[0]]))}?")
+        elif problem["type"] == "value_error":
+            reasons.append(f"{key}: {problem['ctx']['error']}")
+        else:
+            reasons.append(f"{key}: {problem['msg']}, not {problem['input']!r}")
+    return JobError("; ".join(reasons), where, " ".join([*fixes, "`armillary job explain` lists every key"]))
+
+
+def _table_at(path: list) -> type[BaseModel]:
+    table: type[BaseModel] = Job
+    for name in path:
+        table = _table_in(table.model_fields[name].annotation) or table
+    return table

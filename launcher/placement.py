@@ -1,0 +1,69 @@
+"""Which rank runs on which node: pure decisions."""
+
+from dataclasses import dataclass
+
+from armillary.errors import ClusterError
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine of the cluster: how many ranks it has room for."""
+
+    id: str
+    room: int
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """The ranks [first, first + count) that one node takes."""
+
+    node: str
+    first: int
+    count: int
+
+
+def place(nodes: list[Node], world_size: int, tensor: int) -> list[Bundle]:
+    """Ranks in order over the roomiest nodes, whole tensor-parallel groups only.
+
+    ClusterError where the nodes have too little room for `world_size` ranks in groups of `tensor`.
+    """
+    bundles, first = [], 0
+    for node in sorted(nodes, key=lambda node: (-node.room, node.id)):
+        count = min(node.room // tensor * tensor, world_size - first)
+        if count > 0:
+            bundles.append(Bundle(node.id, first, count))
+            first += count
+    if first < world_size:
+        room = ", ".join(f"{node.id[:8]}: {node.room}" for node in nodes) or "none"
+        raise ClusterError(
+            f"the layout needs {world_size} ranks in groups of {tensor} on one node; there is room for {first}",
+            f"room for ranks by node: {room}",
+            "use a smaller layout, a larger cluster, or a smaller cluster.cpus_per_rank",
+        )
+    return bundles
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How a rank ended badly: `kind` is an error class of armillary.errors, "died", or another exception's name."""
+
+    rank: int
+    kind: str
+    message: str
+
+
+def blame(failures: list[Failure], user_errors: set[str]) -> Failure:
+    """The failure that explains the others: a user's error first, then a death, then an exception of its own.
+
+    When one rank ends, its peers' collectives fail too; those that only lost contact come last.
+    """
+
+    def order(failure: Failure) -> tuple[int, int]:
+        if failure.kind in user_errors:
+            return 0, failure.rank
+        if failure.kind == "died":
+            return 1, failure.rank
+        lost = any(word in failure.message.lower() for word in ("connection", "peer", "gloo", "nccl", "timed out"))
+        return 3 if lost else 2, failure.rank
+
+    return min(failures, key=order)

@@ -1,0 +1,145 @@
+"""The run directory: one run's job, events, logs and checkpoints. Only the driver writes here.
+
+    job.toml             the resolved job          job.hash   its hash
+    events.jsonl         what happened, one JSON object a line, appended
+    generations/000/     one launch of the ranks: their logs, and checkpoints in the making
+    checkpoints/         committed checkpoints     latest     the name of the newest
+    tokenizer.json       the tokenizer that the run's tokens are of
+    metrics_targets.json where the ranks' metrics are, for Prometheus' file_sd
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from armillary.data_pipeline.tokenizer import Tokenizer
+from armillary.errors import CheckpointError, JobError
+from armillary.launcher.job import Job, apply_overrides, read_toml, resolve
+from armillary.training.checkpoint.manifest import MANIFEST, State, sync_folder, write_json
+from armillary.training.checkpoint.save import commit
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run by its directory."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: Path, job: Job, tokenizer: str) -> "Run":
+        """Make the directory of a new run; JobError where it exists already."""
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            raise JobError(
+                "the run directory exists already", path, "resume it with `armillary resume`, or name another --run-dir"
+            ) from None
+        except OSError as error:
+            raise JobError(f"the run directory cannot be made: {error.strerror}", path, "name another --run-dir") from None
+        run = cls(path.resolve())
+        write_json(run.path / "tokenizer.json", tokenizer)
+        run.write_job(job)
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> "Run":
+        """An existing run; CheckpointError where there is none."""
+        if not (path / "job.toml").exists():
+            raise CheckpointError("there is no run here", path, "start one with `armillary train JOB.toml`")
+        return cls(path.resolve())
+
+    @property
+    def events_file(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def targets_file(self) -> Path:
+        return self.path / "metrics_targets.json"
+
+    def tokenizer(self) -> Tokenizer:
+        try:
+            return Tokenizer.from_json((self.path / "tokenizer.json").read_text())
+        except FileNotFoundError:
+            raise CheckpointError("the run's tokenizer is missing", self.path / "tokenizer.json", "restore it") from None
+
+    def write_job(self, job: Job) -> None:
+        write_json(self.path / "job.toml", job.to_toml())
+        write_json(self.path / "job.hash", job.hash() + "\n")
+
+    def job(self, overrides: list[str] = ()) -> Job:
+        """The run's job, with overrides. A new layout's world size follows from its sizes unless it is given."""
+        tables = read_toml(self.path / "job.toml")
+        keys = {override.partition("=")[0].strip() for override in overrides}
+        if any(key.startswith("parallel.") for key in keys):
+            tables["parallel"].pop("world_size", None)
+        if "parallel.world_size" in keys:
+            tables["parallel"].pop("data", None)
+        return resolve(apply_overrides(tables, overrides), str(self.path / "job.toml"))
+
+    def event(self, kind: str, **fields) -> None:
+        """Append one event; a crash loses at most a part of the last line."""
+        with open(self.events_file, "a") as file:
+            file.write(json.dumps({"time": round(time.time(), 3), "event": kind, **fields}) + "\n")
+
+    def events(self, kind: str = "") -> Iterator[dict]:
+        """Events in order, of one kind or of all; a line cut off by a crash is passed over."""
+        if not self.events_file.exists():
+            return
+        for line in self.events_file.read_text().splitlines():
+            try:
+                event = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if not kind or event["event"] == kind:
+                yield event
+
+    def curve(self) -> list[dict]:
+        """The step events that count: of a step done twice, around a resume, the later one."""
+        return [event for _, event in sorted({event["step"]: event for event in self.events("step")}.items())]
+
+    def new_generation(self) -> tuple[int, Path]:
+        """The number and folder of the next launch of ranks."""
+        number = sum(1 for _ in (self.path / "generations").glob("[0-9]*"))
+        folder = self.path / "generations" / f"{number:03d}"
+        (folder / "logs").mkdir(parents=True)
+        (folder / "checkpoints").mkdir()
+        return number, folder
+
+    def latest(self) -> Path:
+        """The newest committed checkpoint; CheckpointError where there is none."""
+        pointer = self.path / "latest"
+        try:
+            name = pointer.read_text().strip()
+        except FileNotFoundError:
+            raise CheckpointError(
+                "the run has no checkpoint yet", self.path, "start again with `armillary train`, in another directory"
+            ) from None
+        checkpoint = self.path / "checkpoints" / name
+        if Path(name).name != name or not (checkpoint / MANIFEST).exists():
+            raise CheckpointError("`latest` names no complete checkpoint", checkpoint, "see checkpoints/ for another")
+        return checkpoint
+
+    def commit(self, staging: Path, state: State, ranks: int) -> Path:
+        """Commit a checkpoint that `ranks` ranks wrote, and point `latest` to it."""
+        target = self.path / "checkpoints" / staging.name
+        if target.exists():  # a run resumed from an older checkpoint comes by this step again
+            shutil.rmtree(target)
+        commit(staging, target, state, ranks)
+        write_json(self.path / "latest", target.name + "\n")
+        sync_folder(self.path)
+        self.event("checkpoint", step=state.step, path=str(target.relative_to(self.path)))
+        return target
+
+    def write_targets(self, addresses: list[str]) -> None:
+        """Tell Prometheus (file_sd) where each rank's metrics are."""
+        targets = [
+            {"targets": [address], "labels": {"run": self.path.name, "rank": str(rank)}}
+            for rank, address in enumerate(addresses)
+        ]
+        write_json(self.targets_file, json.dumps(targets, indent=1) + "\n")
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)

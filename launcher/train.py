@@ -1,0 +1,143 @@
+"""`armillary train` and `armillary resume`: everything between the command line and the driver."""
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from armillary.data_pipeline.build import ensure_built
+from armillary.errors import ArmillaryError, JobError
+from armillary.launcher.driver import Outcome, drive
+from armillary.launcher.job import Job
+from armillary.launcher.progress import View
+from armillary.launcher.run import Run
+from armillary.training.checkpoint.manifest import read_manifest
+
+KEPT_BY_RESUME = ("model", "data")  # a change would make the checkpoint's tensors or cursor mean something else
+
+
+@dataclass
+class Summary:
+    """How a run stands when a command ends. Rates are of this launch; losses of the whole run."""
+
+    run: str
+    steps: int
+    total_steps: int
+    interrupted: bool
+    tokens: int
+    tokens_per_second: float
+    first_loss: float
+    last_loss: float
+    checkpoint: str
+    metrics: str
+    accuracy: float | None = None
+    blind_accuracy: float | None = None
+    questions: int | None = None
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+    def print(self, console: Console) -> None:
+        """The summary for people."""
+        rows = {
+            "steps": f"{self.steps} of {self.total_steps}" + (" (interrupted)" if self.interrupted else ""),
+            "tokens": f"{self.tokens:,} at {self.tokens_per_second:,.0f} tokens/s",
+            "loss": f"{self.first_loss:.4f} at the first step, {self.last_loss:.4f} at the last",
+            "run": self.run,
+            "checkpoint": self.checkpoint,
+            "metrics": self.metrics,
+        }
+        if self.accuracy is not None:
+            rows["accuracy"] = (
+                f"{self.accuracy:.4f} on {self.questions:,} held-out questions; "
+                f"blind baseline {self.blind_accuracy:.4f}"
+            )
+        for name, value in rows.items():
+            console.print(f"{name:>12}  {value}", markup=False, highlight=False, soft_wrap=True)
+
+
+def start(job: Job, run_dir: Path | None, stop_at: int, console: Console) -> Summary:
+    """Train a new run; what a failed start leaves behind is removed where it made no checkpoint and no step."""
+    until = _until(job, stop_at, done=0)
+    path = run_dir or Path("runs") / f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if path.exists():
+        Run.create(path, job, "")  # refuses, before shards are built for nothing
+    manifest = ensure_built(job.data, lambda source, count: say_built(console, source, count))
+    run = Run.create(path, job, manifest.tokenizer)
+    try:
+        return _train(run, job, until, None, console)
+    except ArmillaryError as error:
+        if error.exit_code == 2 and not run.curve():
+            run.remove()
+        raise
+
+
+def resume(path: Path, overrides: list[str], stop_at: int, console: Console) -> Summary:
+    """Go on with a run from its latest checkpoint, on the layout that the overrides ask for."""
+    run = Run.open(path)
+    before, job = run.job(), run.job(overrides)
+    for table in KEPT_BY_RESUME:
+        old, new = getattr(before, table).model_dump(), getattr(job, table).model_dump()
+        changed = [f"{table}.{key}" for key in new if new[key] != old[key] and f"{table}.{key}" != "data.path"]
+        if changed:
+            raise JobError(
+                f"a run cannot be resumed with another {', '.join(changed)}", run.path / "job.toml",
+                "leave it as it was, or start a new run",
+            )  # fmt: skip
+    checkpoint = run.latest()
+    until = _until(job, stop_at, read_manifest(checkpoint).state.step)
+    ensure_built(job.data)
+    run.write_job(job)
+    return _train(run, job, until, checkpoint, console)
+
+
+def say_built(console: Console, source: str, count: int) -> None:
+    console.print(f"building shards: {source}, {count:,} documents", highlight=False)
+
+
+def _until(job: Job, stop_at: int, done: int) -> int:
+    """The step to stop after."""
+    until = stop_at or job.training.steps
+    if until > job.training.steps:
+        raise JobError(f"--stop-at {stop_at} is beyond training.steps = {job.training.steps}", "command line",
+                       "raise training.steps, or stop earlier")  # fmt: skip
+    if until <= done:
+        raise JobError(f"step {until} is done already: the run is at step {done}", "command line",
+                       "raise training.steps or --stop-at")  # fmt: skip
+    return until
+
+
+def _train(run: Run, job: Job, until: int, checkpoint: Path | None, console: Console) -> Summary:
+    with View(run.path.name, until, console) as view:
+        outcome = drive(run, job, until, checkpoint, view)
+    summary = _summarise(run, job, outcome)
+    if job.training.evaluate and outcome.step >= job.training.steps:
+        from armillary.evals.vqa import evaluate, has_questions
+
+        if has_questions(job):
+            console.print("scoring held-out questions", highlight=False)
+            score = evaluate(run.latest(), run.tokenizer())
+            summary.accuracy, summary.blind_accuracy = score.accuracy, score.blind
+            summary.questions = score.total
+            run.event("evaluated", suite="easy-vqa", **asdict(score))
+    return summary
+
+
+def _summarise(run: Run, job: Job, outcome: Outcome) -> Summary:
+    curve, events = run.curve(), list(run.events())
+    launch = max(i for i, event in enumerate(events) if event["event"] == "launch")
+    steps = [event for event in events[launch:] if event["event"] == "step"]
+    seconds = sum(event["seconds"] for event in steps[1:])
+    return Summary(
+        run=str(run.path),
+        steps=outcome.step,
+        total_steps=job.training.steps,
+        interrupted=outcome.interrupted,
+        tokens=curve[-1]["tokens"],
+        tokens_per_second=round((len(steps) - 1) * job.tokens_per_step / seconds, 1) if seconds else 0.0,
+        first_loss=curve[0]["loss"],
+        last_loss=curve[-1]["loss"],
+        checkpoint=str(run.latest()),
+        metrics=str(run.targets_file),
+    )

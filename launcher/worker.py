@@ -1,0 +1,99 @@
+"""One rank as a Ray actor: runs training.loop, and answers the driver meanwhile."""
+
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+import ray
+
+from armillary.errors import ArmillaryError, RunError
+from armillary.launcher.placement import Failure
+from armillary.training.checkpoint.manifest import State
+
+COMMIT_TIMEOUT = 600.0
+
+
+class Worker:
+    """Methods other than `run` are called while it runs, in other threads of the actor."""
+
+    def __init__(self, rank: int, log: Path):
+        self._rank = rank
+        self._stop = threading.Event()
+        self._committed = threading.Event()
+        self._messages: list[dict] = []
+        log.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+
+    def where(self) -> dict:
+        """This rank's node, address and process."""
+        context = ray.get_runtime_context()
+        return {"node": context.get_node_id(), "address": ray.util.get_node_ip_address(), "pid": os.getpid()}
+
+    def free_port(self, address: str) -> int:
+        """A port on `address` that was free just now."""
+        with socket.socket() as probe:
+            probe.bind((address, 0))
+            return probe.getsockname()[1]
+
+    def run(self, assignment: dict) -> Failure | int:
+        """Train; the last step done, or how it failed. The traceback of anything unforeseen is in the log."""
+        try:
+            from armillary.training.config import TrainJob
+            from armillary.training.loop import Assignment, run
+            from armillary.training.process_group import Rank, join, leave
+
+            job = TrainJob.model_validate(assignment.pop("job"))
+            timeout = assignment.pop("start_timeout")
+            rank = Rank(**assignment.pop("rank"))
+            join(rank, job.parallel, timeout)
+            self._say({"kind": "joined"})
+            step = run(Assignment(job=job, rank=rank, **assignment), self, self._serving)
+            leave()
+            return step
+        except ArmillaryError as error:
+            print(error, file=sys.stderr, flush=True)
+            return Failure(self._rank, type(error).__name__, "\0".join((error.what, error.where, error.fix)))
+        except Exception as error:
+            traceback.print_exc()
+            sys.stderr.flush()
+            return Failure(self._rank, type(error).__name__, str(error).strip().splitlines()[0] if str(error) else "")
+
+    def messages(self, since: int) -> list[dict]:
+        """What this rank had to say after its first `since` messages."""
+        return self._messages[since:]
+
+    def stop(self) -> None:
+        """End after the step in hand, with a checkpoint."""
+        self._stop.set()
+
+    def committed(self) -> None:
+        """The driver has committed the checkpoint that `saved` announced."""
+        self._committed.set()
+
+    # What training.loop.Observer asks for.
+
+    def stop_requested(self) -> bool:
+        return self._stop.is_set()
+
+    def step_done(self, record: dict) -> None:
+        self._say({"kind": "step", **record})
+
+    def saved(self, staging: Path, state: State) -> None:
+        self._committed.clear()
+        self._say({"kind": "saved", "staging": str(staging), "state": state.model_dump(mode="json")})
+        if not self._committed.wait(COMMIT_TIMEOUT):
+            raise RunError("the driver did not commit a checkpoint", staging, "see the driver's output")
+
+    def _serving(self, address: str) -> None:
+        self._say({"kind": "serving", "address": address})
+
+    def _say(self, message: dict) -> None:
+        self._messages.append({"time": time.time(), **message})
