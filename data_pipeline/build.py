@@ -7,7 +7,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from armillary.data_pipeline.config import DataConfig
-from armillary.data_pipeline.shards import FORMAT, MANIFEST, SCHEMA, Manifest, read_manifest, write_manifest, write_shard
+from armillary.data_pipeline.shards import (
+    FORMAT,
+    MANIFEST,
+    SCHEMA,
+    Manifest,
+    read_manifest,
+    write_manifest,
+    write_shard,
+)
 from armillary.data_pipeline.sources import documents
 from armillary.data_pipeline.tokenizer import Tokenizer, document_texts
 from armillary.errors import DataError
@@ -36,7 +44,9 @@ def build(config: DataConfig, progress: Progress = lambda source, count: None, f
     try:
         work.mkdir(parents=True)
     except OSError as error:
-        raise DataError(f"the folder cannot be made: {error.strerror}", work.parent, "choose another data.path") from None
+        raise DataError(
+            f"the folder cannot be made: {error.strerror}", work.parent, "choose another data.path"
+        ) from None
     try:
         manifest = _build_into(work, config, progress)
         if target.exists():

@@ -13,11 +13,8 @@ class SourceConfig(Table):
     kind: Literal["easy_vqa", "pydoc"] = Field(
         description="easy_vqa: questions about images of coloured shapes; pydoc: Python's own documentation topics"
     )
-    weight: float = Field(1.0, gt=0, description="share of the positions that this source fills, relative to the others")
+    weight: float = Field(1.0, gt=0, description="share of the positions that it fills, relative to the others")
     path: str = Field("", description="folder with the source's files; empty: the copy in the installed package")
-    questions_per_image: int = Field(
-        1, ge=1, description="easy_vqa: how many questions share one image in a training document"
-    )
 
 
 class DataConfig(Table):

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from armillary.data_pipeline.config import SourceConfig
-from armillary.data_pipeline.shuffle import key_of, permute
 from armillary.errors import DataError
 
 
@@ -73,40 +71,33 @@ def easy_vqa_questions(split: str, path: str = "") -> list[Question]:
         raise DataError(f"the easy_vqa questions file cannot be read: {error}", file, "restore the file") from None
 
 
-def check_image(data: bytes, where: object) -> None:
-    """Raise DataError unless `data` decodes as a whole image."""
+def read_image(path: Path) -> bytes:
+    """An image file's bytes; DataError unless they decode as a whole image."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"an image cannot be read: {error.strerror}", path, "check the path") from None
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"an image cannot be decoded: {error}", where, "repair or remove the file") from None
+        raise DataError(f"an image cannot be decoded: {error}", path, "repair or remove the file") from None
+    return data
 
 
 def _easy_vqa_documents(source: SourceConfig) -> Iterator[Document]:
-    by_image: dict[Path, list[Question]] = {}
+    images: dict[Path, bytes] = {}
     for question in easy_vqa_questions("train", source.path):
-        by_image.setdefault(question.image, []).append(question)
-    for number, (image, questions) in enumerate(by_image.items()):
-        try:
-            data = image.read_bytes()
-        except FileNotFoundError:
-            raise DataError("an image of the easy_vqa source is missing", image, "restore the file") from None
-        check_image(data, image)
-        # The order of an image's questions tells which were made from its shape: shuffle it away.
-        order = permute(np.arange(len(questions)), len(questions), key_of(number))
-        shuffled = [questions[i] for i in order]
-        for start in range(0, len(shuffled), source.questions_per_image):
-            parts: list[Text | Picture | Answer] = [Picture(data)]
-            for question in shuffled[start : start + source.questions_per_image]:
-                parts += [Text(question.text, learned=False), Answer(question.answer)]
-            yield tuple(parts)
+        if question.image not in images:
+            images[question.image] = read_image(question.image)
+        yield Picture(images[question.image]), Text(question.text, learned=False), Answer(question.answer)
 
 
 def _pydoc_documents() -> Iterator[Document]:
     from pydoc_data.topics import topics
 
     for _, text in sorted(topics.items()):
-        for section in _sections(text, 1000):
+        for section in _sections(text, 300):
             yield (Text(section, learned=True),)
 
 
@@ -120,5 +111,3 @@ def _sections(text: str, size: int) -> Iterator[str]:
             section = ""
     if section.strip():
         yield section
-
-

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from armillary import __version__
-from armillary.errors import ArmillaryError, DataError, JobError
+from armillary.errors import ArmillaryError, JobError
 
 app = typer.Typer(
     help="Train large image+text transformers from one job file.",
@@ -138,15 +138,9 @@ def generate(
     """Let a run's latest checkpoint answer a question about an image, or go on with a text."""
     if not prompt.strip():
         raise JobError("the prompt is empty", "--prompt", "ask something")
-    data = None
-    if image is not None:
-        from armillary.data_pipeline.sources import check_image
+    from armillary.data_pipeline.sources import read_image
 
-        try:
-            data = image.read_bytes()
-        except OSError as error:
-            raise DataError(f"the image cannot be read: {error.strerror}", image, "check the path") from None
-        check_image(data, image)
+    data = read_image(image) if image is not None else None
     from armillary.launcher.answer import Answerer
 
     answer = Answerer(run).answer(prompt, data, max_tokens, temperature, seed)

@@ -266,4 +266,3 @@ def _kill(ranks: _Ranks) -> None:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-

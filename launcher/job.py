@@ -28,7 +28,9 @@ class ClusterConfig(Table):
 class Job(TrainJob):
     """A whole job file."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run's directory and metrics")
+    name: str = Field(
+        "run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run's directory and metrics"
+    )
     cluster: ClusterConfig = ClusterConfig()
 
     def hash(self) -> str:

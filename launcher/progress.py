@@ -52,8 +52,8 @@ def clock(seconds: float | None) -> str:
 class View:
     """Shows a launch from its first to its last step; use as a context."""
 
-    def __init__(self, title: str, until: int, console: Console | None = None, now: Callable[[], float] = time.monotonic):
-        self._console = console or Console(stderr=True)
+    def __init__(self, title: str, until: int, console: Console, now: Callable[[], float] = time.monotonic):
+        self._console = console
         self._title, self._until, self._now = title, until, now
         self._pace = Pace(until)
         self._last: dict = {}

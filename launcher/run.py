@@ -1,11 +1,11 @@
 """The run directory: one run's job, events, logs and checkpoints. Only the driver writes here.
 
-    job.toml             the resolved job          job.hash   its hash
-    events.jsonl         what happened, one JSON object a line, appended
-    generations/000/     one launch of the ranks: their logs, and checkpoints in the making
-    checkpoints/         committed checkpoints     latest     the name of the newest
-    tokenizer.json       the tokenizer that the run's tokens are of
-    metrics_targets.json where the ranks' metrics are, for Prometheus' file_sd
+job.toml             the resolved job          job.hash   its hash
+events.jsonl         what happened, one JSON object a line, appended
+generations/000/     one launch of the ranks: their logs, and checkpoints in the making
+checkpoints/         committed checkpoints     latest     the name of the newest
+tokenizer.json       the tokenizer that the run's tokens are of
+metrics_targets.json where the ranks' metrics are, for Prometheus' file_sd
 """
 
 import json
@@ -38,7 +38,9 @@ class Run:
                 "the run directory exists already", path, "resume it with `armillary resume`, or name another --run-dir"
             ) from None
         except OSError as error:
-            raise JobError(f"the run directory cannot be made: {error.strerror}", path, "name another --run-dir") from None
+            raise JobError(
+                f"the run directory cannot be made: {error.strerror}", path, "name another --run-dir"
+            ) from None
         run = cls(path.resolve())
         write_json(run.path / "tokenizer.json", tokenizer)
         run.write_job(job)
@@ -63,7 +65,9 @@ class Run:
         try:
             return Tokenizer.from_json((self.path / "tokenizer.json").read_text())
         except FileNotFoundError:
-            raise CheckpointError("the run's tokenizer is missing", self.path / "tokenizer.json", "restore it") from None
+            raise CheckpointError(
+                "the run's tokenizer is missing", self.path / "tokenizer.json", "restore it"
+            ) from None
 
     def write_job(self, job: Job) -> None:
         write_json(self.path / "job.toml", job.to_toml())

@@ -10,6 +10,7 @@ from armillary.data_pipeline.build import ensure_built
 from armillary.errors import ArmillaryError, JobError
 from armillary.launcher.driver import Outcome, drive
 from armillary.launcher.job import Job
+from armillary.launcher.plot import plot_loss
 from armillary.launcher.progress import View
 from armillary.launcher.run import Run
 from armillary.training.checkpoint.manifest import read_manifest
@@ -31,6 +32,7 @@ class Summary:
     last_loss: float
     checkpoint: str
     metrics: str
+    plot: str
     accuracy: float | None = None
     blind_accuracy: float | None = None
     questions: int | None = None
@@ -47,6 +49,7 @@ class Summary:
             "run": self.run,
             "checkpoint": self.checkpoint,
             "metrics": self.metrics,
+            "plot": self.plot,
         }
         if self.accuracy is not None:
             rows["accuracy"] = (
@@ -140,4 +143,5 @@ def _summarise(run: Run, job: Job, outcome: Outcome) -> Summary:
         last_loss=curve[-1]["loss"],
         checkpoint=str(run.latest()),
         metrics=str(run.targets_file),
+        plot=str(plot_loss(run)),
     )

@@ -13,7 +13,9 @@ class ModelConfig(Table):
     depth: int = Field(12, ge=1, description="decoder layers; the dial from which the other dimensions follow")
     hidden_size: int = Field(0, ge=0, description="decoder width; 0: 64 x depth")
     num_heads: int = Field(0, ge=0, description="query heads; 0: hidden_size / 64")
-    num_query_groups: int = Field(0, ge=0, description="key-value heads (grouped-query attention); 0: num_heads / 2, at least 1")
+    num_query_groups: int = Field(
+        0, ge=0, description="key-value heads (grouped-query attention); 0: num_heads / 2, at least 1"
+    )
     ffn_hidden_size: int = Field(0, ge=0, description="SwiGLU width; 0: 8/3 x hidden_size, rounded up to 32")
     vocab_size: int = Field(0, ge=0, description="rows of the embedding; 0: data.vocab_size rounded up to 64")
     rope_theta: float = Field(10000.0, gt=0, description="base of the rotary position embedding")
@@ -24,7 +26,9 @@ class ModelConfig(Table):
     vision_hidden_size: int = Field(0, ge=0, description="image encoder width; 0: hidden_size")
     vision_num_heads: int = Field(0, ge=0, description="image encoder heads; 0: vision_hidden_size / 64")
     vision_ffn_hidden_size: int = Field(0, ge=0, description="image encoder SwiGLU width; 0: 8/3 x its width")
-    init_std: float = Field(0.02, gt=0, description="standard deviation of initial weights; outputs into the residual / sqrt(2 layers)")
+    init_std: float = Field(
+        0.02, gt=0, description="standard deviation of initial weights; outputs into the residual / sqrt(2 layers)"
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -1,4 +1,4 @@
-"""The layers that Megatron-core's TransformerBlock is built from: its sharded linears, our norm, attention and SwiGLU."""
+"""What Megatron-core's TransformerBlock is built from: its sharded linears, our norm, attention and SwiGLU."""
 
 from dataclasses import dataclass, field
 

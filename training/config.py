@@ -22,7 +22,9 @@ class OptimizerConfig(Table):
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of the gradient's mean")
     beta2: float = Field(0.95, ge=0, lt=1, description="decay of the gradient's square")
     eps: float = Field(1e-8, gt=0, description="added to the root of the gradient's square")
-    clip_grad: float = Field(1.0, gt=0, description="largest gradient norm, over all ranks; larger ones are scaled to it")
+    clip_grad: float = Field(
+        1.0, gt=0, description="largest gradient norm, over all ranks; larger ones are scaled to it"
+    )
 
     def rate(self, step: int, steps: int) -> float:
         """Learning rate of step `step` (from 0) of `steps`."""

@@ -43,7 +43,7 @@ def _replace(owner: object, name: str, stand_in) -> None:
 
 def _record(what: str) -> None:
     frame = sys._getframe(2)
-    path, separator, inside = frame.f_code.co_filename.partition("megatron/core/")
+    _, separator, inside = frame.f_code.co_filename.partition("megatron/core/")
     if separator:
         HITS[f"{inside}:{frame.f_lineno}", what] += 1
 

@@ -124,9 +124,10 @@ class Engine:
         """Put back what `state` gave, by global name, in this layout's local shapes; `step` steps are done."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        # The accessors need Adam's state to exist: a step with zero gradients and zero rate makes it.
-        for parameter in self._model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
+        # The accessors need Adam's state to exist: a step with zero gradients and zero rate makes it. DeepSpeed
+        # readies its buffers in hooks of a backward pass, so the gradients come from one.
+        with torch.enable_grad():
+            sum((parameter * 0.0).sum() for parameter in self._model.parameters()).backward()
         self.step(learning_rate=0.0)
         self._link_optimizer_state()
         for parameter, place in placements(self._model):

@@ -88,7 +88,7 @@ class Layout(Table):
             found.append(
                 (
                     "parallel.sequence_parallel",
-                    f"tensor={self.tensor} does not divide the {self.micro_batch * seq_length} positions of a micro-batch",
+                    f"tensor={self.tensor} does not divide micro_batch x seq_length = {self.micro_batch * seq_length}",
                 )
             )
         return found

@@ -195,7 +195,9 @@ def run(assignment: Assignment, observer: Observer, serving: Callable[[str], Non
         return trainer.step
     except OSError as error:
         metrics.checkpoint_failures.inc()
-        raise RunError(f"a file could not be written: {error.strerror}", error.filename or "", "free some space") from error
+        raise RunError(
+            f"a file could not be written: {error.strerror}", error.filename or "", "free some space"
+        ) from error
     finally:
         trainer.close()
         metrics.close()

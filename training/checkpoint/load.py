@@ -51,10 +51,7 @@ class Reader:
         out = np.empty(shape, np.float32)
         for chunk in self._chunks(key):
             low = [max(a, b) for a, b in zip(start, chunk.start, strict=True)]
-            high = [
-                min(a + n, b + m)
-                for a, n, b, m in zip(start, shape, chunk.start, chunk.shape, strict=True)
-            ]
+            high = [min(a + n, b + m) for a, n, b, m in zip(start, shape, chunk.start, chunk.shape, strict=True)]
             if all(a < b for a, b in zip(low, high, strict=True)):
                 to = tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start, strict=True))
                 of = tuple(slice(a - s, b - s) for a, b, s in zip(low, high, chunk.start, strict=True))
@@ -63,9 +60,7 @@ class Reader:
 
     def _chunks(self, key: str) -> list[Chunk]:
         if key not in self._by_key:
-            raise CheckpointError(
-                f"the checkpoint has no {key}", self.folder, "resume with the model's own dimensions"
-            )
+            raise CheckpointError(f"the checkpoint has no {key}", self.folder, "resume with the model's own dimensions")
         return self._by_key[key]
 
     def _read(self, chunk: Chunk) -> np.ndarray:

@@ -87,7 +87,9 @@ def read_manifest(folder: Path) -> Manifest:
     except (ValidationError, ValueError) as error:
         raise CheckpointError(f"the manifest cannot be read: {str(error).splitlines()[0]}", path, other) from None
     if manifest.format != FORMAT:
-        raise CheckpointError(f"the checkpoint is of format {manifest.format}, this version reads {FORMAT}", path, other)
+        raise CheckpointError(
+            f"the checkpoint is of format {manifest.format}, this version reads {FORMAT}", path, other
+        )
     for chunk in manifest.chunks:
         if Path(chunk.file).name != chunk.file:
             raise CheckpointError(f"the manifest names a file outside its folder: {chunk.file}", path, other)

@@ -1,0 +1,44 @@
+# Each target sets up all it needs: a virtual environment in .venv with the pinned packages.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help install demo test test-all lint long clean
+
+help:
+	@echo "make demo      train a small image+text model, stop, resume on another layout, evaluate (ARGS=--json)"
+	@echo "make test      the tests that take minutes in all, after the linter"
+	@echo "make test-all  every test, the slow ones too"
+	@echo "make long      the longer easy-vqa run, about an hour on two cores"
+	@echo "make lint      ruff"
+	@echo "make clean     remove the virtual environment and what builds and tests left"
+
+install: $(READY)
+
+# PyTorch first and pinned, or another package draws in a build with gigabytes of CUDA. DeepSpeed's own set-up
+# imports PyTorch, which an isolated build would not see.
+$(READY): constraints.txt pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch numpy setuptools wheel packaging ninja
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[dev]"
+	@touch $(READY)
+
+demo: $(READY)
+	@$(BIN)/python examples/demo.py $(ARGS)
+
+test: $(READY) lint
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: $(READY) lint
+	$(BIN)/python -m pytest $(ARGS)
+
+long: $(READY)
+	$(BIN)/armillary train examples/easy_vqa_long.toml $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
