@@ -15,7 +15,7 @@ IMAGE, ANSWER, END = "<|image|>", "<|answer|>", "<|end|>"
 class Tokenizer:
     """Byte-level BPE: any text has tokens, and they decode to exactly that text.
 
-    `<|image|>` stands for an image, `<|answer|>` asks for an answer, `<|end|>` ends an answer or a document.
+    `<|end|>` (token 0) ends an answer or a document, `<|image|>` stands for an image, `<|answer|>` asks for an answer.
     """
 
     def __init__(self, bpe: BPE):
@@ -31,7 +31,7 @@ class Tokenizer:
         bpe.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=[IMAGE, ANSWER, END],
+            special_tokens=[END, IMAGE, ANSWER],  # the end is token 0, which padding is made of
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 from rich.console import Console
@@ -19,6 +20,7 @@ QUESTIONS = (0, 2500, 4200, 6300, 8800)  # spread over the test split; chosen be
 
 
 def main() -> int:
+    warnings.filterwarnings("ignore")  # of Megatron-core about packages that are not needed here
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--json", action="store_true", help="print the summary as one JSON line")
     options.add_argument("override", nargs="*", help="job keys, for example training.steps=100")
@@ -37,7 +39,7 @@ def main() -> int:
     console.rule("train: two tensor-parallel ranks, to half-way", align="left")
     first = armillary(console, "train", JOB, *args.override, "--run-dir", run_dir, "--stop-at", half)
     console.rule("resume: two pipeline stages, to the end", align="left")
-    layout = ("parallel.tensor=1", "parallel.pipeline=2")
+    layout = ("parallel.tensor=1", "parallel.pipeline=2", "parallel.micro_batch=2")
     summary = armillary(console, "resume", run_dir, *layout)
     console.rule("five questions about images that the model has not seen", align="left")
     answers = ask(console, run_dir)
@@ -98,7 +100,7 @@ def ask(console: Console, run_dir: str) -> list[dict]:
         question = test[number]
         answer = answerer.answer(question.text, question.image.read_bytes(), max_tokens=8)
         mark = "[green]right[/green]" if answer == question.answer else f"[red]it is {question.answer}[/red]"
-        console.print(f"  {question.image.name:>8}  {question.text:45} {answer:10} {mark}")
+        console.print(f"  {question.image.name:>8}  {question.text:42} {answer:10} {mark}")
         answers.append({"image": question.image.name, "question": question.text, "answer": answer,
                         "expected": question.answer})  # fmt: skip
     return answers

@@ -62,12 +62,12 @@ class Run:
         return self.path / "metrics_targets.json"
 
     def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the run's tokens are of."""
+        file = self.path / "tokenizer.json"
         try:
-            return Tokenizer.from_json((self.path / "tokenizer.json").read_text())
+            return Tokenizer.from_json(file.read_text())
         except FileNotFoundError:
-            raise CheckpointError(
-                "the run's tokenizer is missing", self.path / "tokenizer.json", "restore it"
-            ) from None
+            raise CheckpointError("the run's tokenizer is missing", file, "restore it") from None
 
     def write_job(self, job: Job) -> None:
         write_json(self.path / "job.toml", job.to_toml())

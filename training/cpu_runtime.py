@@ -21,24 +21,23 @@ def install() -> None:
     if torch.cuda.is_available() or getattr(torch.cuda, "_armillary_stand_ins", False):
         return
     torch.cuda._armillary_stand_ins = True
-    _replace(torch.cuda, "current_device", lambda: CPU)
-    _replace(torch.cuda, "synchronize", lambda device=None: None)
-    _replace(torch.cuda, "set_device", lambda device: None)
-    _replace(torch.cuda, "manual_seed", torch.manual_seed)
-    _replace(torch.cuda, "get_rng_state", lambda device=None: torch.get_rng_state())
-    _replace(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
-    for name in ("tensor", "zeros", "ones", "empty"):
-        _replace(torch, name, _on_cpu(getattr(torch, name)))
+    _replace("current_device", lambda: CPU)
+    _replace("synchronize", lambda device=None: None)
+    _replace("manual_seed", torch.manual_seed)
+    _replace("get_rng_state", lambda device=None: torch.get_rng_state())
+    torch.zeros = _on_cpu(torch.zeros)
     _replace_rng_tracker()
 
 
-def _replace(owner: object, name: str, stand_in) -> None:
+def _replace(name: str, stand_in) -> None:
+    """Put `stand_in` in place of torch.cuda.`name`."""
+
     @functools.wraps(stand_in)
     def recorded(*args, **kwargs):
-        _record(f"{getattr(owner, '__name__', owner)}.{name}")
+        _record(f"torch.cuda.{name}")
         return stand_in(*args, **kwargs)
 
-    setattr(owner, name, recorded)
+    setattr(torch.cuda, name, recorded)
 
 
 def _record(what: str) -> None:
@@ -55,6 +54,7 @@ def _on_cpu(factory):
     def on_cpu(*args, **kwargs):
         device = kwargs.get("device")
         if device is not None and torch.device(device).type == "cuda":
+            _record(f"torch.{factory.__name__}")
             kwargs["device"] = CPU
         return factory(*args, **kwargs)
 

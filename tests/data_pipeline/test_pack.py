@@ -6,6 +6,7 @@ from armillary.data_pipeline.cursor import Cursor
 from armillary.data_pipeline.pack import pack
 
 documents = st.lists(st.tuples(st.integers(0, 40), st.booleans()), min_size=1, max_size=60)
+not_empty = documents.filter(lambda drawn: any(size for size, _ in drawn))
 
 
 def source(documents, seq_length):
@@ -19,7 +20,7 @@ def source(documents, seq_length):
     return lengths
 
 
-@given(documents.filter(lambda d: any(size for size, _ in d)), st.integers(8, 64), st.integers(1, 12))
+@given(not_empty, st.integers(8, 64), st.integers(1, 12))
 def test_nothing_is_lost_repeated_or_out_of_order(documents, seq_length, rows):
     lengths = source(documents, seq_length)
     packed, after = pack(Cursor(), rows, seq_length, lengths)
@@ -43,9 +44,7 @@ def test_nothing_is_lost_repeated_or_out_of_order(documents, seq_length, rows):
     assert (after.sample, after.carry) == at
 
 
-@given(
-    documents.filter(lambda d: any(size for size, _ in d)), st.integers(8, 64), st.lists(st.integers(1, 5), max_size=6)
-)
+@given(not_empty, st.integers(8, 64), st.lists(st.integers(1, 5), max_size=6))
 def test_any_division_into_steps_gives_the_same_rows(documents, seq_length, steps):
     lengths = source(documents, seq_length)
     whole, end = pack(Cursor(), sum(steps) + 1, seq_length, lengths)

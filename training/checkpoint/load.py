@@ -21,7 +21,9 @@ class Reader:
         for chunk in self.manifest.chunks:
             self._by_key.setdefault(chunk.key, []).append(chunk)
 
+    @property
     def keys(self) -> list[str]:
+        """`<part>/<global name>` of every tensor."""
         return list(self._by_key)
 
     def whole(self, key: str) -> torch.Tensor:

@@ -1,0 +1,34 @@
+"""Running one function in several processes that form a gloo group."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.multiprocessing
+
+from armillary.training.process_group import Rank, leave
+
+
+def in_group(world: int, port: int, function: Callable[..., None], *args) -> None:
+    """Call function(rank, *args) in `world` new processes; `rank` is ready for process_group.join.
+
+    An exception in any of them is raised here. Imports cost seconds: put many cases into one call.
+    """
+    torch.multiprocessing.spawn(_enter, (world, port, function, args), nprocs=world)
+
+
+def _enter(number: int, world: int, port: int, function: Callable[..., None], args: tuple) -> None:
+    torch.set_num_threads(1)
+    function(Rank(number, world, number, "127.0.0.1", port), *args)
+    leave()
+
+
+def checkpoint_of(trainer, staging: Path, target: Path) -> None:
+    """Save a trainer's state as a committed checkpoint. Collective."""
+    import torch.distributed as dist
+
+    from armillary.training.checkpoint.save import commit
+
+    folder, state = trainer.save()
+    if trainer.rank.rank == 0:
+        commit(folder, target, state, trainer.rank.world_size)
+    dist.barrier()

@@ -1,0 +1,208 @@
+"""The model in one process: packed equals unpacked, images anywhere, the cache, and its dimensions."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from armillary.data_pipeline.batch import ImageShape, assemble, lay_out
+from armillary.model.config import ModelConfig
+from armillary.model.coordinates import initialize, placements
+from armillary.model.generation import generate
+from armillary.model.multimodal import MultimodalModel, token_losses
+from armillary.training.layout import Layout
+from armillary.training.process_group import Rank, join
+from armillary.training.step import to_inputs
+from tests.reference import Reference
+
+SHAPE = ImageShape(32, 16)
+IMAGE = 1
+CONFIG = ModelConfig(
+    depth=2, hidden_size=32, num_heads=4, vision_num_heads=2, image_size=32, vocab_size=64, init_std=0.1
+)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model():
+    join(Rank(), Layout())
+    model = MultimodalModel(CONFIG)
+    initialize(model, seed=5)
+    return model
+
+
+def png(number):
+    import io
+
+    from PIL import Image
+
+    pixels = np.random.default_rng(number).integers(0, 256, (32, 32, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    return file.getvalue()
+
+
+def documents():
+    """Text alone; an image first; two images among text; an image last but one."""
+    rng = np.random.default_rng(0)
+
+    def text(n):
+        return rng.integers(2, 64, n).tolist()
+
+    drawn = [text(9), [IMAGE, *text(5)], [*text(3), IMAGE, *text(2), IMAGE, *text(4)], [*text(6), IMAGE, *text(1)]]
+    return [
+        lay_out(
+            np.array(tokens, np.int32),
+            rng.integers(0, 2, len(tokens)).astype(np.uint8) | (np.arange(len(tokens)) == len(tokens) - 1),
+            [png(10 * number + i) for i in range(tokens.count(IMAGE))],
+            IMAGE,
+            SHAPE.patches,
+        )
+        for number, tokens in enumerate(drawn)
+    ]
+
+
+def summed_loss(model, batch):
+    losses = token_losses(model(to_inputs(batch, CPU, torch.float32)), torch.from_numpy(batch.labels_T))
+    return (losses * torch.from_numpy(batch.loss_mask_T)).sum()
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {place.name: p.grad.clone() for p, place in placements(model) if p.grad is not None}
+
+
+def test_packed_equals_unpacked(model):
+    sequences = documents()
+    packed = assemble([sequences[:2], sequences[2:]], 40, SHAPE)
+    loss = summed_loss(model, packed)
+    got = gradients(model, loss)
+    alone = sum(summed_loss(model, assemble([[s]], len(s.tokens), SHAPE)) for s in sequences)
+    want = gradients(model, alone)
+    assert loss.item() == pytest.approx(alone.item(), rel=1e-6)
+    assert set(got) == set(want)
+    for name in want:
+        assert (got[name] - want[name]).norm() <= 1e-5 * want[name].norm(), name
+
+
+def test_equals_the_plain_model_and_its_gradients(model):
+    batch = assemble([documents()[:2], documents()[2:]], 40, SHAPE)
+    loss = summed_loss(model, batch)
+    got = gradients(model, loss)
+    plain = Reference(CONFIG, {place.name: p.detach().double() for p, place in placements(model)})
+    expected = plain.loss(batch, 1)
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    for name, weight in plain.state().items():
+        assert (got[name].double() - weight.grad).norm() <= 1e-5 * weight.grad.norm(), name
+
+
+def test_a_document_sees_neither_its_neighbours_nor_what_comes_after(model):
+    sequences = documents()
+    row = assemble([sequences], 60, SHAPE)
+    with torch.no_grad():
+        before = model(to_inputs(row, CPU, torch.float32))
+        start, stop = row.cu_seqlens[2], row.cu_seqlens[3]
+        row.tokens_T[stop - 1] = 5  # the last token of the third document
+        after = model(to_inputs(row, CPU, torch.float32))
+    changed = (before != after).any(-1).flatten().nonzero().flatten().tolist()
+    assert changed == [stop - 1]
+    assert start < stop - 1
+
+
+def test_an_image_changes_what_comes_after_it(model):
+    with_image = documents()[1]
+    batch = assemble([[with_image]], len(with_image.tokens), SHAPE)
+    with torch.no_grad():
+        before = model(to_inputs(batch, CPU, torch.float32))
+        batch.patches_IND[0, 0] += 0.5
+        after = model(to_inputs(batch, CPU, torch.float32))
+    assert (before != after).any(-1).all()
+
+
+def test_a_batch_without_images_gives_every_weight_a_gradient(model):
+    text = documents()[0]
+    got = gradients(model, summed_loss(model, assemble([[text]], len(text.tokens), SHAPE)))
+    assert set(got) == {place.name for _, place in placements(model)}
+    assert all(not g.any() for name, g in got.items() if name.startswith(("vision", "projector")))
+
+
+def prompt_of(sequence):
+    return assemble([[sequence]], len(sequence.tokens), SHAPE)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_the_cache_changes_nothing(model, number):
+    """Greedy tokens with the cache are those of running everything anew for every token."""
+    model.eval()
+    sequence = documents()[number]
+    cached = list(generate(model, to_inputs(prompt_of(sequence), CPU, torch.float32), 12, end=-1))
+    tokens = sequence.tokens.tolist()
+    anew = []
+    for _ in range(12):
+        batch = prompt_of(type(sequence)(np.array(tokens), np.array(tokens), np.zeros(len(tokens), np.float32),
+                                         sequence.images, sequence.image_starts))  # fmt: skip
+        with torch.no_grad():
+            anew.append(int(model(to_inputs(batch, CPU, torch.float32))[-1, 0].argmax()))
+        tokens.append(anew[-1])
+    model.train()
+    assert cached == anew
+
+
+def test_generation_stops_at_the_end_and_samples_by_seed(model):
+    prompt = to_inputs(prompt_of(documents()[1]), CPU, torch.float32)
+    greedy = list(generate(model, prompt, 8, end=-1))
+    assert list(generate(model, prompt, 8, end=greedy[3])) == greedy[: greedy.index(greedy[3])]
+
+    def sampled(seed):
+        return list(generate(model, prompt, 8, -1, 1.0, torch.Generator().manual_seed(seed)))
+
+    assert sampled(1) == sampled(1)
+    assert len({tuple(sampled(seed)) for seed in range(5)}) > 1
+
+
+def test_initial_weights_follow_the_rules(model):
+    for parameter, place in placements(model):
+        if "layernorm" in place.name:
+            assert (parameter == 1).all()
+            continue
+        std = CONFIG.init_std
+        if place.name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+            std /= math.sqrt(2 * (CONFIG.vision_layers if place.name.startswith("vision") else CONFIG.depth))
+        assert parameter.std().item() == pytest.approx(std, rel=0.15), place.name
+        assert abs(parameter.mean().item()) < std / 4
+
+
+def test_the_depth_dial_gives_all_dimensions_and_each_can_be_set():
+    for depth in (1, 2, 3, 4, 12, 32):
+        config = ModelConfig(depth=depth)
+        assert config.hidden_size == 64 * depth
+        assert config.head_dim == 64
+        assert config.num_heads % config.num_query_groups == 0
+        assert config.ffn_hidden_size % 32 == 0
+        assert 0 <= config.ffn_hidden_size - 8 / 3 * config.hidden_size < 32
+    config = ModelConfig(depth=3, ffn_hidden_size=100, vision_layers=7)
+    assert (config.ffn_hidden_size, config.vision_layers, config.hidden_size) == (100, 7, 192)
+    sizes = [ModelConfig(depth=d).hidden_size for d in range(1, 40)]
+    assert all(a < b for a, b in pairwise(sizes))
+
+
+@pytest.mark.parametrize(
+    ("dims", "word"),
+    [
+        ({"num_heads": 5}, "num_heads=5"),
+        ({"num_heads": 4, "num_query_groups": 3}, "num_query_groups=3"),
+        ({"patch_size": 15}, "patch_size=15"),
+        ({"vision_num_heads": 7}, "vision_num_heads=7"),
+        ({"hidden_size": 60, "num_heads": 4}, "even"),
+        ({"depth": 0}, "depth"),
+        ({"hidden_size": "wide"}, "hidden_size"),
+    ],
+)
+def test_impossible_dimensions_are_refused(dims, word):
+    with pytest.raises(ValidationError, match=word):
+        ModelConfig.model_validate(dims)

@@ -1,0 +1,174 @@
+"""A checkpoint that is listed can be loaded, on any layout; anything else is refused."""
+
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from armillary.errors import CheckpointError
+from armillary.launcher.job import resolve
+from armillary.model.coordinates import split_axis
+from armillary.training.checkpoint.load import Reader
+from armillary.training.checkpoint.manifest import MANIFEST
+from armillary.training.checkpoint.save import commit
+from armillary.training.layout import Layout
+from armillary.training.loop import Assignment, Trainer
+from armillary.training.process_group import Rank, join
+from tests.conftest import free_port
+from tests.groups import checkpoint_of, in_group
+
+# Each launch does two steps on a layout of two ranks, the last on one: tensor -> pipeline -> data -> one process.
+RELAY = [{"tensor": 2}, {"pipeline": 2}, {"data": 2}, {"tensor": 2, "sequence_parallel": True}]
+PART = 2
+TOTAL = PART * (len(RELAY) + 1)
+
+
+def job_of(tables, **parallel):
+    tables = tables | {"parallel": parallel, "training": {"steps": TOTAL, "global_batch": 4}}
+    return resolve(tables, "test").train_job()
+
+
+def train_part(rank, job, folder, resume, steps):
+    """Train `steps` steps from `resume` and save; the records."""
+    join(rank, job.parallel)
+    trainer = Trainer(Assignment("relay", job, "hash", rank, folder / "staging", resume, TOTAL))
+    records = [trainer.train_step(False)[0] for _ in range(steps)]
+    checkpoint_of(trainer, folder / "staging", folder / f"at-{trainer.step}")
+    trainer.close()
+    return records
+
+
+def relay(rank, tables, folder):
+    records, resume = [], None
+    for number, parallel in enumerate(RELAY):
+        records += train_part(rank, job_of(tables, **parallel), folder, resume, PART)
+        resume = folder / f"at-{PART * (number + 1)}"
+    if rank.rank == 0:
+        (folder / "records.json").write_text(json.dumps(records))
+
+
+@pytest.fixture(scope="module")
+def runs(tables, tmp_path_factory):
+    """The relay's records, those of an uninterrupted process, and the folders of both."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("relay")
+    whole = folder / "whole"
+    in_group(2, free_port(), relay, tables, folder)
+    records = json.loads((folder / "records.json").read_text())
+    job = job_of(tables)
+    records += train_part(Rank(), job, folder, folder / f"at-{PART * len(RELAY)}", PART)
+    return records, train_part(Rank(), job, whole, None, TOTAL), folder, whole / f"at-{TOTAL}"
+
+
+def test_the_curve_goes_on_over_every_layout(runs):
+    records, uninterrupted, _, _ = runs
+    assert [r["step"] for r in records] == list(range(1, TOTAL + 1))
+    for got, want in zip(records, uninterrupted, strict=True):
+        assert got["sample"] == want["sample"], "the next samples must be exactly the next"
+        assert got["tokens"] == want["tokens"]
+        assert got["learning_rate"] == want["learning_rate"]
+        assert got["loss"] == pytest.approx(want["loss"], rel=1e-5)
+        assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-5)
+    assert len({r["loss"] for r in records}) == TOTAL
+
+
+def test_weights_and_moments_end_alike(runs):
+    _, _, folder, whole = runs
+    relayed, uninterrupted = Reader(folder / f"at-{TOTAL}"), Reader(whole)
+    assert set(relayed.keys) == set(uninterrupted.keys)
+    assert {key.partition("/")[0] for key in relayed.keys} == {"weight", "exp_avg", "exp_avg_sq"}
+    for key in relayed.keys:
+        want = uninterrupted.whole(key)
+        assert (relayed.whole(key) - want).norm() <= 1e-5 * want.norm(), key
+    assert relayed.manifest.state.cursor == uninterrupted.manifest.state.cursor
+
+
+def copied(source: Path, target: Path) -> Path:
+    import shutil
+
+    shutil.copytree(source, target)
+    return target
+
+
+def read_all(folder: Path) -> None:
+    reader = Reader(folder)
+    for key in reader.keys:
+        reader.whole(key)
+
+
+def test_any_flipped_byte_of_a_tensor_is_found(runs, tmp_path):
+    folder = copied(runs[3], tmp_path / "copy")
+    read_all(folder)
+    manifest = Reader(folder).manifest
+    for number, chunk in enumerate(manifest.chunks[:: len(manifest.chunks) // 12]):
+        path = folder / chunk.file
+        good = path.read_bytes()
+        place = chunk.offset + (number * 7919) % chunk.bytes
+        path.write_bytes(good[:place] + bytes([good[place] ^ 16]) + good[place + 1 :])
+        with pytest.raises(CheckpointError, match="corrupted"):
+            read_all(folder)
+        path.write_bytes(good)
+
+
+@pytest.mark.parametrize("damage", ["no manifest", "torn manifest", "no file", "short file", "outside"])
+def test_a_damaged_checkpoint_is_refused(runs, tmp_path, damage):
+    folder = copied(runs[3], tmp_path / "copy")
+    manifest, data = folder / MANIFEST, folder / "rank-00000.bin"
+    match damage:
+        case "no manifest":
+            manifest.unlink()
+        case "torn manifest":
+            manifest.write_text(manifest.read_text()[:-20])
+        case "no file":
+            data.unlink()
+        case "short file":
+            data.write_bytes(data.read_bytes()[:-100])
+        case "outside":
+            manifest.write_text(manifest.read_text().replace("rank-00000.bin", "../rank-00000.bin"))
+    with pytest.raises(CheckpointError):
+        read_all(folder)
+
+
+def test_a_missing_rank_is_not_committed(runs, tmp_path):
+    state = Reader(runs[3]).manifest.state
+    staging = tmp_path / "staging"
+    staging.mkdir()
+    (staging / "rank-00000.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="rank 1 did not write"):
+        commit(staging, tmp_path / "target", state, ranks=2)
+    assert not (tmp_path / "target").exists()
+
+
+def test_a_tensor_with_a_hole_is_not_committed(runs, tmp_path):
+    manifest = Reader(runs[3]).manifest
+    staging = tmp_path / "staging"
+    staging.mkdir()
+    chunks = [chunk.model_dump(mode="json") for chunk in manifest.chunks]
+    swiglu = next(chunk for chunk in chunks if "linear_fc1" in chunk["key"])
+    chunks[chunks.index(swiglu)] = swiglu | {"shape": [swiglu["shape"][0] - 1, *swiglu["shape"][1:]]}
+    (staging / "rank-00000.json").write_text(json.dumps(chunks))
+    with pytest.raises(CheckpointError, match="numbers"):
+        commit(staging, tmp_path / "target", manifest.state, ranks=1)
+
+
+def test_another_model_is_refused(runs, tables, tmp_path):
+    wider = resolve(tables | {"model": tables["model"] | {"hidden_size": 64}}, "test").train_job()
+    join(Rank(), Layout())
+    with pytest.raises(CheckpointError, match="shape"):
+        Trainer(Assignment("other", wider, "hash", Rank(), tmp_path, runs[3], 1))
+
+
+@pytest.mark.parametrize(("size", "stride"), [(48, 1), (48, 2), (96, 3)])
+@pytest.mark.parametrize("parts", [1, 2, 4, 8])
+def test_pieces_tile_an_axis(size, stride, parts):
+    held = [split_axis(size, parts, rank, stride) for rank in range(parts)]
+    covered = sorted((p.start, p.start + p.size) for pieces in held for p in pieces)
+    assert covered[0][0] == 0
+    assert covered[-1][1] == size
+    assert all(a[1] == b[0] for a, b in pairwise(covered))
+    for pieces in held:
+        assert [p.at for p in pieces] == [sum(q.size for q in pieces[:i]) for i in range(len(pieces))]
+        assert sum(p.size for p in pieces) == math.ceil(size / parts)
