@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from armillary.data_pipeline.build import ensure_built
+from armillary.data_pipeline.loader import Loader
 from armillary.errors import ArmillaryError, JobError
 from armillary.launcher.driver import Outcome, drive
 from armillary.launcher.job import Job
@@ -67,6 +68,7 @@ def start(job: Job, run_dir: Path | None, stop_at: int, console: Console) -> Sum
     if path.exists():
         Run.create(path, job, "")  # refuses, before shards are built for nothing
     manifest = ensure_built(job.data, lambda source, count: say_built(console, source, count))
+    Loader(job.data, job.image_shape)  # a damaged shard is refused here, before a directory is made and ranks start
     run = Run.create(path, job, manifest.tokenizer)
     try:
         return _train(run, job, until, None, console)
@@ -91,6 +93,7 @@ def resume(path: Path, overrides: list[str], stop_at: int, console: Console) -> 
     checkpoint = run.latest()
     until = _until(job, stop_at, read_manifest(checkpoint).state.step)
     ensure_built(job.data)
+    Loader(job.data, job.image_shape)
     run.write_job(job)
     return _train(run, job, until, checkpoint, console)
 

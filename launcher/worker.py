@@ -4,7 +4,6 @@ import os
 import socket
 import sys
 import threading
-import time
 import traceback
 from pathlib import Path
 
@@ -96,4 +95,4 @@ class Worker:
         self._say({"kind": "serving", "address": address})
 
     def _say(self, message: dict) -> None:
-        self._messages.append({"time": time.time(), **message})
+        self._messages.append(message)

@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 
 from armillary.data_pipeline.cursor import Cursor
 from armillary.data_pipeline.loader import Loader
-from armillary.errors import DataError, RunError
+from armillary.errors import RunError
 from armillary.model.coordinates import initialize, placements
 from armillary.model.multimodal import MultimodalModel
 from armillary.training.checkpoint.load import Reader
@@ -51,7 +51,7 @@ class Observer(Protocol):
         """Whether to end after the step in hand; one rank's yes ends all."""
 
     def step_done(self, record: dict) -> None:
-        """A step's figures: step, loss, grad_norm, learning_rate, tokens, seconds, data_wait_seconds."""
+        """A step's figures: step, time, loss, grad_norm, learning_rate, tokens, seconds and their parts."""
 
     def saved(self, staging: Path, state: State) -> None:
         """All ranks wrote a checkpoint into `staging`; commit it."""
@@ -67,13 +67,6 @@ class Trainer:
         job, rank = self.assignment.job, self.assignment.rank
         self.job, self.rank = job, rank
         self.loader = Loader(job.data, job.image_shape)
-        if self.loader.tokenizer.size > job.model.vocab_size:
-            raise DataError(
-                f"the shards' tokenizer has {self.loader.tokenizer.size} entries, model.vocab_size is "
-                f"{job.model.vocab_size}",
-                job.data.path,
-                "raise model.vocab_size, or leave it out",
-            )
         bf16 = job.training.precision == "bf16"
         self.model = build_model(job, rank.device)
         self.engine = Engine(self.model, job.optimizer, bf16)
@@ -106,6 +99,7 @@ class Trainer:
             "learning_rate": rate,
             "tokens": self.tokens,
             "sample": step.after.sample,
+            "time": time.time(),
             "seconds": time.perf_counter() - started,
             "data_wait_seconds": waited,
             "compute_seconds": result.compute_seconds,

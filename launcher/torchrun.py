@@ -1,0 +1,111 @@
+"""The same training under plain torchrun, where there is no Ray: rank 0 does the driver's part.
+
+    torchrun --nproc-per-node 2 -m armillary.launcher.torchrun JOB.toml --run-dir RUN [table.key=value ...]
+
+A run directory that exists is resumed from its latest checkpoint, so an elastic restart goes on.
+"""
+
+import argparse
+import os
+import signal
+import sys
+import warnings
+from pathlib import Path
+
+from rich.console import Console
+
+from armillary.errors import ArmillaryError, JobError
+from armillary.launcher.job import load_job
+from armillary.launcher.progress import View
+from armillary.launcher.run import Run
+from armillary.training.checkpoint.manifest import State
+
+
+class LocalObserver:
+    """Rank 0 keeps the run's events and commits its checkpoints; every rank listens for SIGINT and SIGTERM."""
+
+    def __init__(self, run: Run, view: View, ranks: int):
+        self._run, self._view, self._ranks, self._stop = run, view, ranks, False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._request_stop)
+
+    def _request_stop(self, number, frame) -> None:
+        self._stop = True
+
+    def stop_requested(self) -> bool:
+        return self._stop
+
+    def step_done(self, record: dict) -> None:
+        self._run.event("step", **{key: value for key, value in record.items() if key != "time"})
+        self._view.step(record)
+
+    def saved(self, staging: Path, state: State) -> None:
+        self._run.commit(staging, state, self._ranks)
+        self._view.saved(state.step)
+
+
+def main() -> None:
+    """Entry point of every rank."""
+    warnings.filterwarnings("ignore")
+    options = argparse.ArgumentParser(prog="armillary.launcher.torchrun")
+    options.add_argument("job", type=Path)
+    options.add_argument("--run-dir", type=Path, required=True)
+    options.add_argument("overrides", nargs="*")
+    args = options.parse_intermixed_args()
+    try:
+        train(args.job, args.run_dir, args.overrides)
+    except ArmillaryError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def train(job_file: Path, run_dir: Path, overrides: list[str]) -> None:
+    """This rank's part of a new or resumed run."""
+    import torch
+    import torch.distributed as dist
+
+    from armillary.data_pipeline.build import ensure_built
+    from armillary.training.loop import Assignment, run
+    from armillary.training.process_group import Rank, join, leave
+
+    environment = {key: int(os.environ.get(key, default)) for key, default in
+                   (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("MASTER_PORT", 0))}  # fmt: skip
+    # torchrun's own store listens on MASTER_PORT: ours takes the next.
+    rank = Rank(environment["RANK"], environment["WORLD_SIZE"], environment["LOCAL_RANK"],
+                os.environ.get("MASTER_ADDR", "127.0.0.1"), environment["MASTER_PORT"] + 1)  # fmt: skip
+    job = load_job(job_file, overrides)
+    if job.parallel.world_size != rank.world_size:
+        raise JobError(
+            f"the layout has {job.parallel.world_size} ranks, torchrun started {rank.world_size}", job_file,
+            "set parallel.world_size, or --nproc-per-node",
+        )  # fmt: skip
+    join(rank, job.parallel, job.cluster.start_timeout)
+    number = torch.zeros(1, dtype=torch.long, device=rank.device)
+    if rank.rank == 0:
+        manifest = ensure_built(job.data)
+        opened = Run.open(run_dir) if run_dir.exists() else Run.create(run_dir, job, manifest.tokenizer)
+        number[0], _ = opened.new_generation()
+    dist.broadcast(number, 0)
+    opened, generation = Run.open(run_dir), int(number)
+    resume = opened.latest() if (opened.path / "latest").exists() else None
+    folder = opened.path / "generations" / f"{generation:03d}"
+    if rank.rank == 0:
+        opened.event("launch", generation=generation, layout=job.parallel.model_dump(), resume=str(resume or ""),
+                     until=job.training.steps)  # fmt: skip
+    assignment = Assignment(
+        opened.path.name,
+        job.train_job(),
+        job.hash(),
+        rank,
+        folder / "checkpoints",
+        resume,
+        job.training.steps,
+        generation,
+    )
+    with View(opened.path.name, job.training.steps, Console(stderr=True)) as view:
+        run(assignment, LocalObserver(opened, view, rank.world_size))
+    leave()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+import json
+
+import pytest
+
+from tests.conftest import refused
+
+
+def test_job_check_says_what_it_comes_to(job_file, armillary):
+    done = armillary("job", "check", job_file, "parallel.tensor=2")
+    assert done.returncode == 0
+    assert "2 ranks" in done.stdout
+    report = json.loads(armillary("job", "check", job_file, "--json").stdout)
+    assert report["job"]["model"]["hidden_size"] == 32
+
+
+def test_job_explain_lists_every_key(armillary):
+    done = armillary("job", "explain")
+    assert done.returncode == 0
+    assert "optimizer.learning_rate" in done.stdout
+    rows = json.loads(armillary("job", "explain", "--json").stdout)
+    assert {"key", "type", "default", "meaning"} == set(rows[0])
+
+
+def test_version_and_help(armillary):
+    from armillary import __version__
+
+    assert armillary("--version").stdout.strip() == __version__
+    assert "train" in armillary("--help").stdout
+
+
+@pytest.mark.parametrize("words", [(), ("nonsense",), ("train",), ("generate", "run")])
+def test_wrong_usage_exits_2(armillary, words):
+    done = armillary(*words)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_generate_refuses_what_it_cannot_answer(armillary, tmp_path):
+    text = tmp_path / "text.png"
+    text.write_text("not an image")
+    refused(armillary("generate", "run", "--prompt", "  "), "prompt is empty")
+    refused(armillary("generate", "run", "--prompt", "what?", "--image", text), "cannot be decoded", "text.png")
+    refused(armillary("generate", "run", "--prompt", "what?", "--image", "none.png"), "cannot be read", "none.png")
+    refused(armillary("generate", "run", "--prompt", "what?"), "no run here")
+
+
+def test_an_unknown_suite_is_refused(armillary):
+    refused(armillary("eval", "run", "mmlu", "--model", "run"), "no suite mmlu", "easy-vqa")

@@ -1,0 +1,246 @@
+"""Whole runs through the command line: Ray, live metrics, Ctrl-C, resume on other layouts, and what goes wrong."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from armillary.launcher.run import Run
+from tests.conftest import ARMILLARY, free_port, refused
+from tests.data_pipeline.test_build import own_source
+from tests.training.test_metrics import NAMES, scrape
+
+
+def started(tmp_path, *words) -> subprocess.Popen:
+    """A command in a session of its own, as a terminal gives it."""
+    return subprocess.Popen(
+        [ARMILLARY, *map(str, words)],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(condition, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
+    return found
+
+
+def placed(run: Run):
+    return next(run.events("placed"), None)
+
+
+def assert_gone(ranks: list[dict]) -> None:
+    """No process of the run outlives its command."""
+    deadline = time.monotonic() + 10
+    pids = {rank["pid"] for rank in ranks}
+    while alive := [pid for pid in pids if psutil.pid_exists(pid)]:
+        assert time.monotonic() < deadline, f"still there: {alive}"
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def interrupted(tables, tmp_path_factory):
+    """A run on two tensor-parallel ranks, scraped while it trained and then ended with Ctrl-C."""
+    import tomli_w
+
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "job.toml").write_text(tomli_w.dumps(tables | {"parallel": {"tensor": 2}, "checkpoint": {"every": 5}}))
+    process = started(folder, "train", "job.toml", "training.steps=100000", "--run-dir", "run", "--json")
+    run = Run(folder / "run")
+    wait_for(lambda: list(run.events("checkpoint")), process)
+    targets = json.loads(run.targets_file.read_text())
+    first = [scrape(target["targets"][0]) for target in targets]
+    time.sleep(1)
+    second = [scrape(target["targets"][0]) for target in targets]
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    return {
+        "run": run,
+        "targets": targets,
+        "scrapes": (first, second),
+        "code": process.returncode,
+        "out": out,
+        "err": err,
+    }
+
+
+def test_a_live_run_answers_prometheus_on_every_rank(interrupted):
+    targets, (first, second) = interrupted["targets"], interrupted["scrapes"]
+    assert [t["labels"] for t in targets] == [{"run": "run", "rank": "0"}, {"run": "run", "rank": "1"}]
+    assert all(t["targets"][0].startswith("127.0.0.1:") for t in targets)
+    for rank, (before, after) in enumerate(zip(first, second, strict=True)):
+        assert set(after) >= NAMES
+        steps = [found["armillary_train_steps_total"][0] for found in (before, after)]
+        assert steps[0].labels == {"run": "run", "rank": str(rank)}
+        assert 0 < steps[0].value < steps[1].value
+        assert after["armillary_train_tokens_total"][0].value == steps[1].value * 4 * 128
+        assert 0 < after["armillary_train_loss"][0].value < 10
+        assert time.time() - after["armillary_train_checkpoint_last_success_timestamp_seconds"][0].value < 120
+        assert after["armillary_train_checkpoint_interval_seconds"][0].value > 0
+
+
+def test_ctrl_c_saves_a_checkpoint_and_leaves_nothing_running(interrupted):
+    run = interrupted["run"]
+    assert interrupted["code"] == 130
+    assert "Traceback" not in interrupted["err"]
+    assert f"armillary resume {run.path}" in interrupted["err"]
+    summary = json.loads(interrupted["out"])
+    last = run.curve()[-1]["step"]
+    assert summary["interrupted"]
+    assert summary["steps"] == last == [e["step"] for e in run.events("checkpoint")][-1]
+    assert run.latest().name == f"step-{last:08d}"
+    assert_gone(placed(run)["ranks"])
+    assert [p.name for p in sorted((run.path / "generations/000").rglob("*"))] == [
+        "logs",
+        "rank-00000.log",
+        "rank-00001.log",
+    ]
+
+
+def test_secrets_are_in_no_log(interrupted):
+    for path in interrupted["run"].path.rglob("*"):
+        if path.is_file():
+            assert "auth_token" not in path.read_text(errors="replace").lower()
+
+
+def test_a_run_is_resumed_on_another_layout_and_ends(interrupted, armillary):
+    run = interrupted["run"]
+    done = run.curve()[-1]["step"]
+    for layout, steps in ((["parallel.tensor=1", "parallel.pipeline=2"], 2), (["parallel.pipeline=1"], 4)):
+        until = done + steps
+        result = armillary("resume", run.path, *layout, "--stop-at", until, "--json")
+        assert result.returncode == 0, result.stderr
+        summary = json.loads(result.stdout)
+        assert summary["steps"] == until
+        assert not summary["interrupted"]
+    curve = run.curve()
+    assert [e["step"] for e in curve] == list(range(1, done + 5))
+    assert len(list(run.events("step"))) == len(curve), "no step was done twice"
+    assert [e["layout"]["world_size"] for e in run.events("launch")] == [2, 2, 1]
+    assert (run.path / "loss.png").stat().st_size > 10_000
+    refused(armillary("resume", run.path, "--stop-at", done), "is done already")
+    refused(armillary("resume", run.path, "model.depth=4"), "model.depth")
+    refused(armillary("resume", run.path, "data.seed=4"), "data.seed")
+    refused(armillary("resume", run.path, "training.stepz=4"), "training.steps")
+
+
+def test_a_rank_that_dies_at_start_ends_the_run_with_its_name(job_file, tmp_path):
+    run = Run(tmp_path / "run")
+    process = started(tmp_path, "train", job_file, "parallel.data=2", "--run-dir", "run")
+    ranks = wait_for(lambda: placed(run), process)["ranks"]
+    os.kill(ranks[1]["pid"], signal.SIGKILL)
+    out, err = process.communicate(timeout=120)
+    refused(subprocess.CompletedProcess([], process.returncode, out, err), "rank 1 of 2 died", "rank-00001.log", code=1)
+    assert_gone(ranks)
+    assert not run.curve()
+    assert not (run.path / "generations/000/checkpoints").exists()
+    assert "rank 1 of 2 died" in next(run.events("failed"))["error"]
+
+
+def test_a_port_in_use_is_refused_and_leaves_no_run(job_file, armillary, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = armillary("train", job_file, f"metrics.port={port}", "--run-dir", "run")
+    refused(done, "metrics of rank 0", str(port), "metrics.port")
+    assert not (tmp_path / "run").exists()
+
+
+def test_runs_the_same_under_torchrun(job_file, tmp_path):
+    def launch(*words):
+        return subprocess.run(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+                *("--master-port", str(free_port()), "-m", "armillary.launcher.torchrun"),
+                *map(str, words),
+            ],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+
+    first = launch(job_file, "--run-dir", "run", "parallel.tensor=2", "training.steps=3")
+    assert first.returncode == 0, first.stderr
+    second = launch(job_file, "--run-dir", "run", "parallel.data=2", "training.steps=5")
+    assert second.returncode == 0, second.stderr
+    run = Run(tmp_path / "run")
+    assert [e["step"] for e in run.events("step")] == [1, 2, 3, 4, 5]
+    assert run.latest().name == "step-00000005"
+    wrong = launch(job_file, "--run-dir", "other", "parallel.world_size=4")
+    assert wrong.returncode != 0
+    assert "the layout has 4 ranks, torchrun started 2" in wrong.stderr
+    assert not (tmp_path / "other").exists()
+
+
+# What is refused before any rank starts.
+
+
+def test_a_run_directory_that_exists_is_not_touched(job_file, armillary, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    refused(armillary("train", job_file, "--run-dir", "run"), "exists already", "--run-dir")
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+def test_resuming_from_nothing_is_refused(armillary):
+    refused(armillary("resume", "nowhere"), "no run here", "armillary train")
+
+
+@pytest.mark.parametrize("damage", ["flip", "remove"])
+def test_a_damaged_shard_is_refused_before_anything_starts(armillary, tmp_path, damage):
+    source = own_source(tmp_path / "source")
+    job = tmp_path / "job.toml"
+    job.write_text(f'[data]\npath = "shards"\nsources = [{{kind = "easy_vqa", path = "{source}"}}]\n')
+    assert armillary("data", "build", job).returncode == 0
+    shard = tmp_path / "shards" / "easy_vqa-00000.arrow"
+    if damage == "flip":
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2] ^= 1
+        shard.write_bytes(content)
+    else:
+        shard.unlink()
+    done = armillary("train", job, "--run-dir", "run")
+    refused(done, str(shard.name), "data build", "corrupted" if damage == "flip" else "missing")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unreadable_image_is_refused_and_no_shards_are_left(armillary, tmp_path):
+    source = own_source(tmp_path / "source")
+    (source / "train" / "images" / "1.png").write_bytes(b"\x89PNG not really")
+    job = tmp_path / "job.toml"
+    job.write_text(f'[data]\npath = "shards"\nsources = [{{kind = "easy_vqa", path = "{source}"}}]\n')
+    for command in (("data", "build", job), ("train", job, "--run-dir", "run")):
+        refused(armillary(*command), "cannot be decoded", "1.png")
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["job.toml", "source"]
+
+
+def test_misspelt_keys_and_layouts_are_refused(job_file, armillary, tmp_path):
+    refused(armillary("train", job_file, "training.stepz=3"), "training.stepz", "did you mean training.steps?")
+    refused(armillary("train", job_file, "parallel.tensor=3"), "tensor=3", "model.num_heads=4")
+    refused(armillary("job", "check", job_file, "parallel.pipeline=3"), "pipeline=3", "model.depth=2")
+    refused(armillary("train", "none.toml"), "no such job file")
+    assert [p.name for p in tmp_path.iterdir()] == ["job.toml"]
+
+
+def test_joining_a_cluster_needs_its_token(job_file, armillary, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    done = armillary("train", job_file, "--address", "127.0.0.1:1", "--run-dir", "run")
+    refused(done, "no token", "RAY_AUTH_TOKEN_PATH")
+    assert not (tmp_path / "run").exists()
