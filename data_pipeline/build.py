@@ -25,7 +25,7 @@ Progress = Callable[[str, int], None]
 
 def built_from(config: DataConfig) -> dict:
     """The part of `[data]` that the shards depend on; the rest may change without a new build."""
-    sources = [source.model_dump(exclude={"weight"}) for source in config.sources]
+    sources = [source.model_dump(exclude={"weight", "augment"}) for source in config.sources]
     return {"sources": sources, "vocab_size": config.vocab_size, "documents_per_shard": config.documents_per_shard}
 
 

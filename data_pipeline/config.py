@@ -14,6 +14,7 @@ class SourceConfig(Table):
         description="easy_vqa: questions about images of coloured shapes; pydoc: Python's own documentation topics"
     )
     weight: float = Field(1.0, gt=0, description="share of the positions that it fills, relative to the others")
+    augment: bool = Field(False, description="mirror and shift its images, anew each time they are seen")
     path: str = Field("", description="folder with the source's files; empty: the copy in the installed package")
 
 

@@ -16,12 +16,12 @@ class Corpus:
     """One source's shards. Nothing is read until it is asked for; tokens come as views of the mapped file."""
 
     def __init__(self, folder: Path, manifest: Manifest, source: str, shape: ImageShape, tokenizer: Tokenizer):
-        self._patches, self._image = shape.patches, tokenizer.image
+        self._image_positions, self._image = shape.positions, tokenizer.image
         self._shards = [_Columns.of(open_shard(folder, shard)) for shard in manifest.sources[source]]
         self._ends = np.cumsum([len(shard.offsets) - 1 for shard in self._shards])
         text = np.concatenate([np.diff(shard.offsets) for shard in self._shards])
         images = np.concatenate([np.diff(shard.image_offsets) for shard in self._shards])
-        self.lengths = text - 1 + images * (self._patches - 1)  # int64 [documents]: positions
+        self.lengths = text - 1 + images * (self._image_positions - 1)  # int64 [documents]: positions
         self.has_images = images > 0  # bool [documents]
         self.learned = np.concatenate([shard.learned_counts() for shard in self._shards])  # int64 [documents]
 
@@ -44,7 +44,7 @@ class Corpus:
         row = document - (int(self._ends[number - 1]) if number else 0)
         text = slice(shard.offsets[row], shard.offsets[row + 1])
         images = [shard.images[i].as_py() for i in range(shard.image_offsets[row], shard.image_offsets[row + 1])]
-        return lay_out(shard.tokens[text], shard.learned[text], images, self._image, self._patches)
+        return lay_out(shard.tokens[text], shard.learned[text], images, self._image, self._image_positions)
 
 
 @dataclass(frozen=True)

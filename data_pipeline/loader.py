@@ -3,7 +3,7 @@
 import queue
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from armillary.data_pipeline.cursor import Cursor
 from armillary.data_pipeline.mixture import Mixture
 from armillary.data_pipeline.pack import Piece, pack
 from armillary.data_pipeline.shards import read_manifest
+from armillary.data_pipeline.shuffle import key_of
 from armillary.data_pipeline.tokenizer import Tokenizer
 
 
@@ -43,7 +44,8 @@ class Loader:
         folder = Path(config.path)
         manifest = read_manifest(folder)
         self.tokenizer = Tokenizer.from_json(manifest.tokenizer)
-        self._shape, self._seq_length = shape, config.seq_length
+        self._shape, self._seq_length, self._seed = shape, config.seq_length, config.seed
+        self._augment = [source.augment for source in config.sources]
         kinds = [source.kind for source in config.sources]
         self._corpora = [Corpus(folder, manifest, kind, shape, self.tokenizer) for kind in kinds]
         for kind, corpus in zip(kinds, self._corpora, strict=True):
@@ -90,16 +92,21 @@ class Loader:
             cuttable[source == s] = ~corpus.has_images[document[source == s]]
         return lengths, cuttable
 
-    def _locate(self, sample: int) -> tuple[Corpus, int]:
+    def _locate(self, sample: int) -> tuple[int, int]:
+        """The sample's source and its document there."""
         source, document = self._mixture.samples(sample, 1)
-        return self._corpora[source[0]], int(document[0])
+        return int(source[0]), int(document[0])
 
     def _sequence(self, sample: int) -> Sequence:
-        corpus, document = self._locate(sample)
-        return corpus.sequence(document)
+        source, document = self._locate(sample)
+        sequence = self._corpora[source].sequence(document)
+        if self._augment[source]:
+            return replace(sequence, variation=int(key_of(self._seed, 2, sample)))
+        return sequence
 
     def _learned(self, piece: Piece) -> int:
-        corpus, document = self._locate(piece.sample)
+        source, document = self._locate(piece.sample)
+        corpus = self._corpora[source]
         if piece.start == 0 and piece.stop == corpus.lengths[document]:
             return int(corpus.learned[document])
         return int(corpus.sequence(document).loss_mask[piece.start : piece.stop].sum())

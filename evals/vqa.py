@@ -81,7 +81,7 @@ def batches(
     room = seq_length
     for question in questions:
         document = (Picture(question.image.read_bytes()), Text(question.text, learned=False), Answer(question.answer))
-        sequence = lay_out(*tokenizer.encode_document(document), tokenizer.image, shape.patches)
+        sequence = lay_out(*tokenizer.encode_document(document), tokenizer.image, shape.positions)
         if len(sequence.tokens) > room:
             if len(packed) == rows:
                 yield assemble(packed, seq_length, shape)

@@ -34,7 +34,7 @@ class Answerer:
         # A sequence's inputs end one token before its document: the last token has nothing to predict there.
         tokens = np.append(tokens, tokenizer.end).astype(np.int32)
         learned = np.zeros(len(tokens), np.uint8)
-        sequence = lay_out(tokens, learned, images, tokenizer.image, shape.patches)
+        sequence = lay_out(tokens, learned, images, tokenizer.image, shape.positions)
         batch = assemble([[sequence]], len(sequence.tokens), shape)
         parameter = next(self._model.parameters())
         written = generate(

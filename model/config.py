@@ -22,6 +22,7 @@ class ModelConfig(Table):
     norm_eps: float = Field(1e-5, gt=0, description="epsilon of every RMSNorm")
     image_size: int = Field(64, ge=1, description="images are resized to this many pixels a side")
     patch_size: int = Field(16, ge=1, description="pixels a side of one patch")
+    patch_merge: int = Field(1, ge=1, description="patches a side of the square that shares one decoder position")
     vision_layers: int = Field(0, ge=0, description="image encoder layers; 0: depth / 2, at least 1")
     vision_hidden_size: int = Field(0, ge=0, description="image encoder width; 0: hidden_size")
     vision_num_heads: int = Field(0, ge=0, description="image encoder heads; 0: vision_hidden_size / 64")
@@ -66,8 +67,11 @@ class ModelConfig(Table):
             raise ValueError(f"the head dimension {self.head_dim} (hidden_size / num_heads) must be even for RoPE")
         if self.num_heads % self.num_query_groups:
             raise ValueError(f"num_heads={self.num_heads} is not divisible by num_query_groups={self.num_query_groups}")
-        if self.image_size % self.patch_size:
-            raise ValueError(f"image_size={self.image_size} is not divisible by patch_size={self.patch_size}")
+        if self.image_size % (self.patch_size * self.patch_merge):
+            raise ValueError(
+                f"image_size={self.image_size} is not divisible by patch_size={self.patch_size} x "
+                f"patch_merge={self.patch_merge}"
+            )
         return self
 
     @property
@@ -76,8 +80,13 @@ class ModelConfig(Table):
 
     @property
     def num_patches(self) -> int:
-        """Patches of one image, which are also its positions in the decoder."""
+        """Patches of one image."""
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def image_positions(self) -> int:
+        """Positions of one image in the decoder."""
+        return self.num_patches // self.patch_merge**2
 
     @property
     def patch_dim(self) -> int:

@@ -43,16 +43,21 @@ class VisionEncoder(MegatronModule):
 
 
 class Projector(MegatronModule):
-    """Two linear layers with a GELU between: image features -> decoder inputs."""
+    """Merges neighbouring patches, then two linear layers with a GELU between.
 
-    def __init__(self, config: TransformerConfig, hidden_size: int):
+    [i, n, vision_hidden_size] -> [i, n / merge^2, hidden_size]; the patches of a square stand together.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, merge: int):
         super().__init__(config)
+        self.merged_size = config.hidden_size * merge**2
         shared = dict(config=config, init_method=no_init, bias=False, skip_bias_add=False)
-        self.linear_in = ColumnParallelLinear(config.hidden_size, hidden_size, gather_output=False, **shared)
+        self.linear_in = ColumnParallelLinear(self.merged_size, hidden_size, gather_output=False, **shared)
         self.linear_out = RowParallelLinear(hidden_size, hidden_size, input_is_parallel=True, **shared)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear_out(F.gelu(self.linear_in(x)[0]))[0]
+    def forward(self, x_IND: torch.Tensor) -> torch.Tensor:
+        merged = x_IND.reshape(len(x_IND), -1, self.merged_size)
+        return self.linear_out(F.gelu(self.linear_in(merged)[0]))[0]
 
 
 class MultimodalModel(MegatronModule):
@@ -98,7 +103,7 @@ class MultimodalModel(MegatronModule):
                 model.vocab_size, model.hidden_size, init_method=no_init, config=vision
             )
             self.vision = VisionEncoder(vision, model)
-            self.projector = Projector(vision, model.hidden_size)
+            self.projector = Projector(vision, model.hidden_size, model.patch_merge)
         self.decoder = TransformerBlock(
             config, block_spec(config, causal=True), pre_process=self.pre_process, post_process=self.post_process
         )
@@ -137,7 +142,7 @@ class MultimodalModel(MegatronModule):
         hidden_TH = self.embedding(inputs.tokens_T)
         if len(inputs.image_starts_I):
             features = self.projector(self.vision(inputs.patches_IND)).flatten(0, 1)
-            offsets = torch.arange(self.model.num_patches, device=features.device)
+            offsets = torch.arange(self.model.image_positions, device=features.device)
             places = (inputs.image_starts_I[:, None] + offsets).flatten()
             hidden_TH = hidden_TH.index_copy(0, places, features)
         elif self.training:

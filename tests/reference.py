@@ -61,12 +61,13 @@ class Reference(nn.Module):
         return x + (F.silu(gate) * up) @ self.w(f"{prefix}.mlp.linear_fc2.weight").T
 
     def encode_image(self, patches):
-        """patches [n, patch_dim] -> decoder inputs [n, hidden]."""
+        """patches [n, patch_dim] -> decoder inputs [n / merge^2, hidden]."""
         c = self.config
         x = patches @ self.w("vision.patch_embedding.weight").T + self.w("vision.position_embedding")
         for i in range(c.vision_layers):
             x = self.block(x, f"vision.encoder.layers.{i}", c.vision_num_heads, c.vision_num_heads, False, None)
         x = rms_norm(x, self.w("vision.encoder.final_layernorm.weight"), c.norm_eps)
+        x = x.reshape(-1, c.patch_merge**2 * x.shape[-1])
         x = F.gelu(x @ self.w("projector.linear_in.weight").T)
         return x @ self.w("projector.linear_out.weight").T
 
@@ -75,7 +76,8 @@ class Reference(nn.Module):
         c = self.config
         x = self.w("embedding.weight")[tokens].clone()
         for image, start in zip(images, starts, strict=True):
-            x[start : start + len(image)] = self.encode_image(image)
+            features = self.encode_image(image)
+            x[start : start + len(features)] = features
         for i in range(c.depth):
             x = self.block(x, f"decoder.layers.{i}", c.num_heads, c.num_query_groups, True, c.rope_theta)
         x = rms_norm(x, self.w("decoder.final_layernorm.weight"), c.norm_eps)

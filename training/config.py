@@ -71,7 +71,7 @@ class TrainJob(Table):
 
     @property
     def image_shape(self) -> ImageShape:
-        return ImageShape(self.model.image_size, self.model.patch_size)
+        return ImageShape(self.model.image_size, self.model.patch_size, self.model.patch_merge)
 
     @property
     def tokens_per_step(self) -> int:

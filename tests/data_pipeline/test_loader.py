@@ -7,10 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from armillary.data_pipeline.batch import ImageShape, assemble, lay_out, patchify
+from armillary.data_pipeline.batch import ImageShape, assemble, lay_out, patchify, vary
 from armillary.data_pipeline.config import DataConfig
 from armillary.data_pipeline.cursor import Cursor
 from armillary.data_pipeline.loader import Loader, prefetch
+from armillary.data_pipeline.shuffle import key_of
 
 SHAPE = ImageShape(64, 16)
 FIELDS = ("tokens_T", "labels_T", "loss_mask_T", "positions_T", "patches_IND")
@@ -104,6 +105,52 @@ def test_patches_are_the_pixels_row_by_row():
     assert patches.shape == (16, 768)
     expected = pixels[16:32, 48:64].reshape(-1) / 127.5 - 1  # second row of patches, last column
     assert np.allclose(patches[7], expected, atol=1e-6)
+
+
+def test_merged_patches_stand_together():
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    shape = ImageShape(64, 8, merge=2)
+    patches = patchify(file.getvalue(), shape)
+    assert (shape.patches, shape.positions, patches.shape) == (64, 16, (64, 192))
+    square = pixels[16:32, 48:64] / 127.5 - 1  # the eighth position's 2 x 2 patches, row by row
+    for number, (row, column) in enumerate([(0, 0), (0, 8), (8, 0), (8, 8)]):
+        expected = square[row : row + 8, column : column + 8].reshape(-1)
+        assert np.allclose(patches[7 * 4 + number], expected, atol=1e-6)
+
+
+@given(st.integers(0, 2**64 - 1))
+def test_a_variation_mirrors_and_shifts_and_is_named_by_its_number(variation):
+    pixels = np.random.default_rng(0).random((16, 16, 3))
+    varied = vary(pixels, variation)
+    assert np.array_equal(varied, vary(pixels, variation))
+    source = pixels[:, ::-1] if variation & 1 else pixels
+    found = [
+        (down, right)
+        for down in range(-2, 3)
+        for right in range(-2, 3)
+        if np.array_equal(varied[4:12, 4:12], source[4 + down : 12 + down, 4 + right : 12 + right])
+    ]
+    assert len(found) == 1
+
+
+def test_every_variation_comes_about_equally_often():
+    pixels = np.random.default_rng(0).random((16, 16, 3))
+    seen = {vary(pixels, int(key_of(n))).tobytes() for n in range(1000)}
+    assert len(seen) == 2 * 5 * 5
+
+
+def test_augmented_images_differ_by_sample_and_not_by_rank(tables):
+    sources = [{"kind": "easy_vqa", "augment": True}]
+    plain = Loader(DataConfig.model_validate(tables["data"] | {"sources": sources}), SHAPE)
+    same = Loader(DataConfig.model_validate(tables["data"] | {"sources": [{"kind": "easy_vqa"}]}), SHAPE)
+    rows = plain.plan(Cursor(), 4).rows
+    varied, original = plain.batch(rows), same.batch(rows)
+    assert np.array_equal(varied.tokens_T, original.tokens_T)
+    assert (varied.patches_IND != original.patches_IND).any((1, 2)).mean() > 0.8
+    halves = np.concatenate([plain.batch(rows[:2]).patches_IND, plain.batch(rows[2:]).patches_IND])
+    assert np.array_equal(halves, varied.patches_IND)
 
 
 def test_images_of_another_size_and_mode_are_fitted():

@@ -18,10 +18,18 @@ from armillary.training.process_group import Rank, join
 from armillary.training.step import to_inputs
 from tests.reference import Reference
 
-SHAPE = ImageShape(32, 16)
+SHAPE = ImageShape(32, 8, merge=2)
 IMAGE = 1
 CONFIG = ModelConfig(
-    depth=2, hidden_size=32, num_heads=4, vision_num_heads=2, image_size=32, vocab_size=64, init_std=0.1
+    depth=2,
+    hidden_size=32,
+    num_heads=4,
+    vision_num_heads=2,
+    image_size=32,
+    patch_size=8,
+    patch_merge=2,
+    vocab_size=64,
+    init_std=0.1,
 )
 CPU = torch.device("cpu")
 
@@ -59,7 +67,7 @@ def documents():
             rng.integers(0, 2, len(tokens)).astype(np.uint8) | (np.arange(len(tokens)) == len(tokens) - 1),
             [png(10 * number + i) for i in range(tokens.count(IMAGE))],
             IMAGE,
-            SHAPE.patches,
+            SHAPE.positions,
         )
         for number, tokens in enumerate(drawn)
     ]
