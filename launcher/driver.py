@@ -188,11 +188,15 @@ def _watch(ranks: _Ranks, job: Job, run: Run, view: View, stop: _Stop, until: in
 
 
 def _listen(ranks: _Ranks, job: Job, run: Run, view: View) -> None:
-    """Take in what the ranks have to say; a rank that is gone says nothing."""
+    """Take in what the ranks have to say; a rank that is gone says nothing.
+
+    Every rank says where its metrics are; the rest of the run's news is rank 0's alone.
+    """
     import ray
 
-    asked = [worker.messages.remote(heard) for worker, heard in zip(ranks.workers, ranks.heard, strict=True)]
-    for rank, ref in enumerate(asked):
+    talking = [rank for rank in range(len(ranks.workers)) if rank == 0 or rank not in ranks.addresses]
+    asked = {rank: ranks.workers[rank].messages.remote(ranks.heard[rank]) for rank in talking}
+    for rank, ref in asked.items():
         try:
             messages = ray.get(ref, timeout=30)
         except ray.exceptions.RayError:

@@ -53,7 +53,6 @@ class Worker:
             timeout = assignment.pop("start_timeout")
             rank = Rank(**assignment.pop("rank"))
             join(rank, job.parallel, timeout)
-            self._say({"kind": "joined"})
             step = run(Assignment(job=job, rank=rank, **assignment), self, self._serving)
             leave()
             return step

@@ -157,13 +157,15 @@ def run(assignment: Assignment, observer: Observer, serving: Callable[[str], Non
     serving(metrics.serve(job.metrics))
     metrics.restarts.inc(assignment.generation)
     trainer = Trainer(assignment)
-    first, at_save, saved = assignment.rank.rank == 0, time.time(), trainer.step
+    first, started, start = assignment.rank.rank == 0, time.time(), trainer.step
+    share = job.tokens_per_step / job.parallel.world_size
     try:
         metrics.phase("train")
         stop = trainer.step >= assignment.until
         while not stop:
             record, stop = trainer.train_step(observer.stop_requested())
-            _count(metrics, record, job.tokens_per_step)
+            _count(metrics, record, share)
+            metrics.checkpoint_interval.set((time.time() - started) / (trainer.step - start) * job.checkpoint.every)
             if first:
                 observer.step_done(record)
             if not math.isfinite(record["loss"]) or not math.isfinite(record["grad_norm"]):
@@ -176,14 +178,12 @@ def run(assignment: Assignment, observer: Observer, serving: Callable[[str], Non
             stop = stop or trainer.step >= assignment.until
             if stop or trainer.step % job.checkpoint.every == 0:
                 metrics.phase("checkpoint")
-                started = time.perf_counter()
+                before = time.perf_counter()
                 folder, state = trainer.save()
                 if first:
                     observer.saved(folder, state)
-                metrics.checkpoint_seconds.inc(time.perf_counter() - started)
+                metrics.checkpoint_seconds.inc(time.perf_counter() - before)
                 metrics.checkpoint_time.set(time.time())
-                metrics.checkpoint_interval.set((time.time() - at_save) / (trainer.step - saved) * job.checkpoint.every)
-                at_save, saved = time.time(), trainer.step
                 metrics.phase("train")
         metrics.phase("end")
         return trainer.step
@@ -197,7 +197,7 @@ def run(assignment: Assignment, observer: Observer, serving: Callable[[str], Non
         metrics.close()
 
 
-def _count(metrics: Metrics, record: dict, tokens: int) -> None:
+def _count(metrics: Metrics, record: dict, tokens: float) -> None:
     metrics.steps.inc()
     metrics.tokens.inc(tokens)
     metrics.loss.set(record["loss"])

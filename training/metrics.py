@@ -1,5 +1,6 @@
 """What each rank tells Prometheus."""
 
+import math
 import time
 from dataclasses import dataclass
 from http.server import HTTPServer
@@ -23,7 +24,9 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._server: HTTPServer | None = None
         self.steps = self._counter("steps", "optimizer steps done")
-        self.tokens = self._counter("tokens", "positions of the global batches trained on (count one rank, not all)")
+        self.tokens = self._counter(
+            "tokens", "this rank's share of the positions trained on; the sum over ranks is the run's"
+        )
         self.nonfinite_steps = self._counter("nonfinite_steps", "steps whose loss or gradient norm was not finite")
         self.compute_seconds = self._counter("compute_seconds", "seconds in forward and backward passes")
         self.reduce_seconds = self._counter("reduce_seconds", "seconds in gradient reduction and the optimizer")
@@ -41,6 +44,7 @@ class Metrics:
         self._phases = Gauge("armillary_train_phase", "1 for the phase that this rank is in",
                              ("run", "rank", "phase"), registry=self.registry)  # fmt: skip
         self.checkpoint_time.set(time.time())  # the age of a run's first checkpoint counts from its start
+        self.checkpoint_interval.set(math.nan)  # until a step tells how long they take: no alert compares with it
         self.phase("start")
 
     def phase(self, name: str) -> None:
