@@ -13,12 +13,15 @@ from armillary.data_pipeline.shuffle import key_of
 class ImageShape:
     """Images are resized to `size` x `size` pixels and cut into square patches of `patch` pixels.
 
-    Squares of `merge` x `merge` patches share one position of the decoder.
+    Squares of `merge` x `merge` patches share one position of the decoder. Pixels in [0, 1] are given to the
+    model as (pixel - mean) / std.
     """
 
     size: int
     patch: int
     merge: int = 1
+    mean: float = 0.5
+    std: float = 0.5
 
     @property
     def patches(self) -> int:
@@ -69,12 +72,12 @@ class PackedBatch:
     segment_ids_T: np.ndarray  # int32: 0, 1, ... within the batch; -1 for padding
     positions_T: np.ndarray  # int64: from 0 in each piece
     cu_seqlens: np.ndarray  # int32 [pieces + 1]
-    patches_IND: np.ndarray  # float32 in [-1, 1]: images x patches x patch_dim
+    patches_IND: np.ndarray  # float32: images x patches x patch_dim, (pixel - mean) / std
     image_starts_I: np.ndarray  # int64: first position of each image
 
 
 def patchify(data: bytes, shape: ImageShape, variation: int | None = None) -> np.ndarray:
-    """Decode an image file into patches: float32 [patches, patch_dim] in [-1, 1].
+    """Decode an image file into patches: float32 [patches, patch_dim], normalised as `shape` says.
 
     Row by row; with merging, the patches of one decoder position stand together.
     """
@@ -82,7 +85,7 @@ def patchify(data: bytes, shape: ImageShape, variation: int | None = None) -> np
         rgb = image.convert("RGB")
     if rgb.size != (shape.size, shape.size):
         rgb = rgb.resize((shape.size, shape.size), Image.Resampling.BICUBIC)
-    pixels = np.asarray(rgb, np.float32) / 127.5 - 1
+    pixels = (np.asarray(rgb, np.float32) / 255 - shape.mean) / shape.std
     if variation is not None:
         pixels = vary(pixels, variation)
     side, m, p = shape.size // (shape.patch * shape.merge), shape.merge, shape.patch

@@ -23,6 +23,8 @@ class ModelConfig(Table):
     image_size: int = Field(64, ge=1, description="images are resized to this many pixels a side")
     patch_size: int = Field(16, ge=1, description="pixels a side of one patch")
     patch_merge: int = Field(1, ge=1, description="patches a side of the square that shares one decoder position")
+    image_mean: float = Field(0.5, description="subtracted from pixels in [0, 1]")
+    image_std: float = Field(0.5, gt=0, description="pixels are divided by this after image_mean is subtracted")
     vision_layers: int = Field(0, ge=0, description="image encoder layers; 0: depth / 2, at least 1")
     vision_hidden_size: int = Field(0, ge=0, description="image encoder width; 0: hidden_size")
     vision_num_heads: int = Field(0, ge=0, description="image encoder heads; 0: vision_hidden_size / 64")

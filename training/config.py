@@ -71,7 +71,8 @@ class TrainJob(Table):
 
     @property
     def image_shape(self) -> ImageShape:
-        return ImageShape(self.model.image_size, self.model.patch_size, self.model.patch_merge)
+        model = self.model
+        return ImageShape(model.image_size, model.patch_size, model.patch_merge, model.image_mean, model.image_std)
 
     @property
     def tokens_per_step(self) -> int:

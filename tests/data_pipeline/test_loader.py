@@ -107,6 +107,13 @@ def test_patches_are_the_pixels_row_by_row():
     assert np.allclose(patches[7], expected, atol=1e-6)
 
 
+def test_pixels_are_normalised():
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), (255, 0, 51)).save(file, "png")
+    patches = patchify(file.getvalue(), ImageShape(64, 16, mean=0.2, std=0.4)).reshape(-1, 3)
+    assert np.allclose(patches, [2.0, -0.5, 0.0], atol=1e-6)
+
+
 def test_merged_patches_stand_together():
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     file = io.BytesIO()

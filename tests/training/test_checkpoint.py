@@ -172,3 +172,18 @@ def test_pieces_tile_an_axis(size, stride, parts):
     for pieces in held:
         assert [p.at for p in pieces] == [sum(q.size for q in pieces[:i]) for i in range(len(pieces))]
         assert sum(p.size for p in pieces) == math.ceil(size / parts)
+
+
+def test_bf16_keeps_fp32_masters_through_a_checkpoint(tables, tmp_path):
+    bf16 = job_of(tables).model_copy(
+        update={"training": job_of(tables).training.model_copy(update={"precision": "bf16"})}
+    )
+    whole = train_part(Rank(), bf16, tmp_path / "whole", None, 4)
+    parts = train_part(Rank(), bf16, tmp_path, None, 2)
+    parts += train_part(Rank(), bf16, tmp_path, tmp_path / "at-2", 2)
+    exact = train_part(Rank(), job_of(tables), tmp_path / "fp32", None, 4)
+    assert [r["loss"] for r in parts] == [r["loss"] for r in whole]
+    assert [r["loss"] for r in whole] != [r["loss"] for r in exact]
+    assert whole[-1]["loss"] == pytest.approx(exact[-1]["loss"], rel=0.02)
+    weight = Reader(tmp_path / "at-4").whole("weight/output.weight")
+    assert not torch.equal(weight, weight.bfloat16().float()), "the master weights are finer than bf16"
