@@ -4,12 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help install demo test test-all lint long clean
+.PHONY: help install demo test lint long clean
 
 help:
 	@echo "make demo      train a small image+text model, stop, resume on another layout, evaluate (ARGS=--json)"
-	@echo "make test      the tests that take minutes in all, after the linter"
-	@echo "make test-all  every test, the slow ones too"
+	@echo "make test      the linter and every test, about ten minutes on two cores"
 	@echo "make long      the longer easy-vqa run, about an hour on two cores"
 	@echo "make lint      ruff"
 	@echo "make clean     remove the virtual environment and what builds and tests left"
@@ -28,9 +27,6 @@ demo: $(READY)
 	@$(BIN)/python examples/demo.py $(ARGS)
 
 test: $(READY) lint
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
-
-test-all: $(READY) lint
 	$(BIN)/python -m pytest $(ARGS)
 
 long: $(READY)

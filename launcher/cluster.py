@@ -30,6 +30,9 @@ def connected(address: str, ranks: int) -> Iterator[bool]:
             with open(os.open(token, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
                 file.write(secrets.token_hex(32))
             os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+            # Ray takes 127.0.0.1 for "my public address" and listens on every interface, unless told (before its
+            # import) that this machine cannot be part of a larger cluster.
+            os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         import ray
 
         try:

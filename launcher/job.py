@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+import os
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +41,12 @@ class Job(TrainJob):
     def to_toml(self) -> str:
         """The resolved job, every key with its value."""
         return tomli_w.dumps(self.model_dump(mode="json"))
+
+    def with_absolute_paths(self) -> "Job":
+        """The same job from whatever folder it is resumed, on whatever node its ranks run."""
+        sources = [s.model_copy(update={"path": os.path.abspath(s.path)}) if s.path else s for s in self.data.sources]
+        data = self.data.model_copy(update={"path": os.path.abspath(self.data.path), "sources": tuple(sources)})
+        return self.model_copy(update={"data": data})
 
     def train_job(self) -> TrainJob:
         """The part that training sees."""

@@ -73,7 +73,7 @@ def train(job_file: Path, run_dir: Path, overrides: list[str]) -> None:
     # torchrun's own store listens on MASTER_PORT: ours takes the next.
     rank = Rank(environment["RANK"], environment["WORLD_SIZE"], environment["LOCAL_RANK"],
                 os.environ.get("MASTER_ADDR", "127.0.0.1"), environment["MASTER_PORT"] + 1)  # fmt: skip
-    job = load_job(job_file, overrides)
+    job = load_job(job_file, overrides).with_absolute_paths()
     if job.parallel.world_size != rank.world_size:
         raise JobError(
             f"the layout has {job.parallel.world_size} ranks, torchrun started {rank.world_size}", job_file,

@@ -63,7 +63,7 @@ class Summary:
 
 def start(job: Job, run_dir: Path | None, stop_at: int, console: Console) -> Summary:
     """Train a new run; what a failed start leaves behind is removed where it made no checkpoint and no step."""
-    until = _until(job, stop_at, done=0)
+    until, job = _until(job, stop_at, done=0), job.with_absolute_paths()
     path = run_dir or Path("runs") / f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if path.exists():
         Run.create(path, job, "")  # refuses, before shards are built for nothing

@@ -1,5 +1,6 @@
 """One rank's training, from joining the others to the last checkpoint. Runs under Ray actors and torchrun alike."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from megatron.core import parallel_state
 
 from armillary.data_pipeline.cursor import Cursor
 from armillary.data_pipeline.loader import Loader
-from armillary.errors import RunError
+from armillary.errors import CheckpointError, RunError
 from armillary.model.coordinates import initialize, placements
 from armillary.model.multimodal import MultimodalModel
 from armillary.training.checkpoint.load import Reader
@@ -57,22 +58,19 @@ class Observer(Protocol):
         """All ranks wrote a checkpoint into `staging`; commit it."""
 
 
-@dataclass
 class Trainer:
     """A rank's model, optimizer and data, at some step of a run. Needs `process_group.join` before."""
 
-    assignment: Assignment
-
-    def __post_init__(self):
-        job, rank = self.assignment.job, self.assignment.rank
-        self.job, self.rank = job, rank
+    def __init__(self, assignment: Assignment):
+        job, rank = assignment.job, assignment.rank
+        self.assignment, self.job, self.rank = assignment, job, rank
         self.loader = Loader(job.data, job.image_shape)
         bf16 = job.training.precision == "bf16"
         self.model = build_model(job, rank.device)
         self.engine = Engine(self.model, job.optimizer, bf16)
         self.step, self.cursor, self.tokens, self.loss = 0, Cursor(), 0, math.nan
-        if self.assignment.resume is not None:
-            self._load(Reader(self.assignment.resume))
+        if assignment.resume is not None:
+            self._load(Reader(assignment.resume))
         layout = job.parallel
         self.data = self.loader.steps(
             self.cursor,
@@ -125,6 +123,11 @@ class Trainer:
         dist.barrier()
         return folder, state
 
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that the observer hears from."""
+        return self.rank.rank == 0
+
     def close(self) -> None:
         self.data.close()
 
@@ -153,48 +156,59 @@ def run(assignment: Assignment, observer: Observer, serving: Callable[[str], Non
     `serving` is told where this rank's metrics are. A checkpoint is saved every `checkpoint.every` steps, at
     the end, and when the observer asks to stop.
     """
-    job, metrics = assignment.job, Metrics(assignment.run, assignment.rank.rank)
-    serving(metrics.serve(job.metrics))
-    metrics.restarts.inc(assignment.generation)
-    trainer = Trainer(assignment)
-    first, started, start = assignment.rank.rank == 0, time.time(), trainer.step
-    share = job.tokens_per_step / job.parallel.world_size
+    metrics = Metrics(assignment.run, assignment.rank.rank)
+    serving(metrics.serve(assignment.job.metrics))
     try:
-        metrics.phase("train")
-        stop = trainer.step >= assignment.until
-        while not stop:
-            record, stop = trainer.train_step(observer.stop_requested())
-            _count(metrics, record, share)
-            metrics.checkpoint_interval.set((time.time() - started) / (trainer.step - start) * job.checkpoint.every)
-            if first:
-                observer.step_done(record)
-            if not math.isfinite(record["loss"]) or not math.isfinite(record["grad_norm"]):
-                metrics.nonfinite_steps.inc()
-                raise RunError(
-                    f"the loss is {record['loss']} and the gradient norm {record['grad_norm']} at step {trainer.step}",
-                    f"sample {record['sample']}",
-                    "resume from the last checkpoint with a lower optimizer.learning_rate",
-                )
-            stop = stop or trainer.step >= assignment.until
-            if stop or trainer.step % job.checkpoint.every == 0:
-                metrics.phase("checkpoint")
-                before = time.perf_counter()
-                folder, state = trainer.save()
-                if first:
-                    observer.saved(folder, state)
-                metrics.checkpoint_seconds.inc(time.perf_counter() - before)
-                metrics.checkpoint_time.set(time.time())
-                metrics.phase("train")
-        metrics.phase("end")
-        return trainer.step
-    except OSError as error:
-        metrics.checkpoint_failures.inc()
-        raise RunError(
-            f"a file could not be written: {error.strerror}", error.filename or "", "free some space"
-        ) from error
+        metrics.restarts.inc(assignment.generation)
+        with contextlib.closing(Trainer(assignment)) as trainer:
+            _train(trainer, observer, metrics)
+            return trainer.step
     finally:
-        trainer.close()
         metrics.close()
+
+
+def _train(trainer: Trainer, observer: Observer, metrics: Metrics) -> None:
+    """The step loop."""
+    job, until = trainer.job, trainer.assignment.until
+    started, start = time.time(), trainer.step
+    metrics.phase("train")
+    stop = trainer.step >= until
+    while not stop:
+        record, stop = trainer.train_step(observer.stop_requested())
+        _count(metrics, record, job.tokens_per_step / job.parallel.world_size)
+        metrics.checkpoint_interval.set((time.time() - started) / (trainer.step - start) * job.checkpoint.every)
+        if trainer.first:
+            observer.step_done(record)
+        if not math.isfinite(record["loss"]) or not math.isfinite(record["grad_norm"]):
+            metrics.nonfinite_steps.inc()
+            raise RunError(
+                f"the loss is {record['loss']} and the gradient norm {record['grad_norm']} at step {trainer.step}",
+                f"sample {record['sample']}",
+                "resume from the last checkpoint with a lower optimizer.learning_rate",
+            )
+        stop = stop or trainer.step >= until
+        if stop or trainer.step % job.checkpoint.every == 0:
+            metrics.phase("checkpoint")
+            _save(trainer, observer, metrics)
+            metrics.phase("train")
+    metrics.phase("end")
+
+
+def _save(trainer: Trainer, observer: Observer, metrics: Metrics) -> None:
+    """Save and have it committed; RunError where a file cannot be written."""
+    before = time.perf_counter()
+    try:
+        folder, state = trainer.save()
+        if trainer.first:
+            observer.saved(folder, state)
+    except (OSError, CheckpointError, RunError) as error:
+        metrics.checkpoint_failures.inc()
+        if isinstance(error, OSError):
+            what = f"the checkpoint of step {trainer.step} could not be written: {error.strerror}"
+            raise RunError(what, error.filename or "", "free some space, then `armillary resume`") from error
+        raise
+    metrics.checkpoint_seconds.inc(time.perf_counter() - before)
+    metrics.checkpoint_time.set(time.time())
 
 
 def _count(metrics: Metrics, record: dict, tokens: float) -> None:

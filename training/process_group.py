@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import socket
 from dataclasses import dataclass
 
 import torch
@@ -41,8 +42,7 @@ def join(rank: Rank, layout: Layout, timeout_seconds: float = 300.0) -> None:
         store: dist.Store = dist.HashStore()
         try:
             if rank.world_size > 1:
-                wait = datetime.timedelta(seconds=timeout_seconds)
-                store = dist.TCPStore(rank.address, rank.port, rank.world_size, rank.rank == 0, timeout=wait)
+                store = _meet(rank, datetime.timedelta(seconds=timeout_seconds))
             dist.init_process_group(
                 "nccl" if rank.device.type == "cuda" else "gloo",
                 store=store,
@@ -50,7 +50,7 @@ def join(rank: Rank, layout: Layout, timeout_seconds: float = 300.0) -> None:
                 world_size=rank.world_size,
                 timeout=datetime.timedelta(seconds=timeout_seconds),
             )
-        except (dist.DistStoreError, dist.DistNetworkError) as error:
+        except (dist.DistStoreError, dist.DistNetworkError, OSError) as error:
             raise RunError(
                 f"rank {rank.rank} could not meet the other {rank.world_size - 1}: {str(error).splitlines()[0]}",
                 f"{rank.address}:{rank.port}",
@@ -62,6 +62,22 @@ def join(rank: Rank, layout: Layout, timeout_seconds: float = 300.0) -> None:
     )
     # Sequence parallelism forks this random state; nothing is drawn from it while there is no dropout.
     tensor_parallel.model_parallel_cuda_manual_seed(1)
+
+
+def _meet(rank: Rank, timeout: datetime.timedelta) -> dist.TCPStore:
+    """The store through which ranks find each other, on rank 0's own address only (a TCPStore by itself listens
+    on every interface)."""
+    listener = None
+    if rank.rank == 0:
+        listener = socket.create_server((rank.address, rank.port))
+    return dist.TCPStore(
+        rank.address,
+        rank.port,
+        rank.world_size,
+        is_master=rank.rank == 0,
+        timeout=timeout,
+        master_listen_fd=None if listener is None else listener.detach(),
+    )
 
 
 def leave() -> None:

@@ -2,15 +2,19 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 
+from armillary.data_pipeline.sources import easy_vqa_questions
 from armillary.launcher.run import Run
 from tests.conftest import ARMILLARY, free_port, refused
 from tests.data_pipeline.test_build import own_source
@@ -51,6 +55,17 @@ def assert_gone(ranks: list[dict]) -> None:
         time.sleep(0.1)
 
 
+def listeners(pid: int) -> set[tuple[str, str]]:
+    """(process, address) of every port that a process and its descendants listen on."""
+    found = set()
+    root = psutil.Process(pid)
+    for process in [root, *root.children(recursive=True)]:
+        for connection in process.net_connections("inet"):
+            if connection.status == psutil.CONN_LISTEN:
+                found.add((f"{process.name()}:{connection.laddr.port}", connection.laddr.ip))
+    return found
+
+
 @pytest.fixture(scope="module")
 def interrupted(tables, tmp_path_factory):
     """A run on two tensor-parallel ranks, scraped while it trained and then ended with Ctrl-C."""
@@ -65,12 +80,14 @@ def interrupted(tables, tmp_path_factory):
     first = [scrape(target["targets"][0]) for target in targets]
     time.sleep(1)
     second = [scrape(target["targets"][0]) for target in targets]
+    listening = listeners(process.pid)
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
     return {
         "run": run,
         "targets": targets,
         "scrapes": (first, second),
+        "listening": listening,
         "code": process.returncode,
         "out": out,
         "err": err,
@@ -110,6 +127,11 @@ def test_ctrl_c_saves_a_checkpoint_and_leaves_nothing_running(interrupted):
     ]
 
 
+def test_a_local_run_listens_on_loopback_only(interrupted):
+    assert len(interrupted["listening"]) >= 4, "metrics of two ranks, and Ray's own"
+    assert {address.removeprefix("::ffff:") for _, address in interrupted["listening"]} == {"127.0.0.1"}
+
+
 def test_secrets_are_in_no_log(interrupted):
     for path in interrupted["run"].path.rglob("*"):
         if path.is_file():
@@ -135,6 +157,69 @@ def test_a_run_is_resumed_on_another_layout_and_ends(interrupted, armillary):
     refused(armillary("resume", run.path, "model.depth=4"), "model.depth")
     refused(armillary("resume", run.path, "data.seed=4"), "data.seed")
     refused(armillary("resume", run.path, "training.stepz=4"), "training.steps")
+
+
+def test_a_checkpoint_answers_and_is_scored(interrupted, armillary):
+    run = interrupted["run"].path
+    image = easy_vqa_questions("test")[0].image
+
+    def answer(*words):
+        done = armillary("generate", run, "--prompt", "what shape is in the image?", "--json", *words)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)["answer"]
+
+    assert answer("--image", image) == answer("--image", image)
+    sampled = ("--image", image, "--temperature", "3", "--max-tokens", "20")
+    assert answer(*sampled, "--seed", "1") == answer(*sampled, "--seed", "1") != answer(*sampled, "--seed", "2")
+    assert answer("--max-tokens", "5") != answer("--max-tokens", "5", "--temperature", "3")
+    done = armillary("eval", "run", "easy-vqa", "--model", run, "--limit", "200", "--json")
+    assert done.returncode == 0, done.stderr
+    score = json.loads(done.stdout)
+    assert score["questions"] == 200
+    assert score["accuracy"] == score["correct"] / 200
+    assert abs(score["blind_accuracy"] - 0.67) < 0.1
+
+
+def test_a_run_joins_a_cluster_that_is_there(job_file, tmp_path, monkeypatch):
+    """`--address` with the cluster's token trains on its node; with another token it is refused."""
+    port, token = free_port(), tmp_path / "token"
+    temporary = tempfile.mkdtemp(prefix="ray-")  # sockets live in it, whose paths may not be long
+    token.write_text("5" * 64)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    ray = Path(sys.executable).with_name("ray")
+    head = subprocess.Popen(
+        [ray, "start", "--head", "--block", f"--port={port}", "--num-cpus=2", "--node-ip-address=127.0.0.1",
+         "--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={temporary}"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        wait_for(lambda: can_connect(port), head)
+        words = ("train", job_file, "training.steps=2", "--address", f"127.0.0.1:{port}", "--run-dir")
+        process = started(tmp_path, *words, "run", "--json", "parallel.data=2")
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        assert json.loads(out)["steps"] == 2
+        assert len({rank["node"] for rank in placed(Run(tmp_path / "run"))["ranks"]}) == 1
+        assert head.poll() is None, "the cluster goes on without us"
+        other = tmp_path / "other"
+        other.write_text("6" * 64)
+        monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(other))
+        process = started(tmp_path, *words, "refused")
+        out, err = process.communicate(timeout=120)
+        refused(subprocess.CompletedProcess([], process.returncode, out, err), "could not be reached", "token")
+        assert not (tmp_path / "refused").exists()
+    finally:
+        for child in psutil.Process(head.pid).children(recursive=True):
+            child.kill()
+        head.kill()
+        head.wait()
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def can_connect(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_a_rank_that_dies_at_start_ends_the_run_with_its_name(job_file, tmp_path):
