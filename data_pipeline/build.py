@@ -36,6 +36,8 @@ def build(config: DataConfig, progress: Progress = lambda source, count: None, f
     and an earlier one untouched. Raises DataError where the target exists (unless `force`) or a source is bad.
     """
     target = Path(config.path)
+    if target.exists() and not target.is_dir():
+        raise DataError("there is a file where the shards should be", target, "choose another data.path")
     if target.exists() and not (target / MANIFEST).exists() and any(target.iterdir()):
         raise DataError("the folder exists and holds something else than shards", target, "choose another data.path")
     if (target / MANIFEST).exists() and not force:
@@ -52,6 +54,8 @@ def build(config: DataConfig, progress: Progress = lambda source, count: None, f
         if target.exists():
             shutil.rmtree(target)
         work.rename(target)
+    except OSError as error:
+        raise DataError(f"the shards cannot be written: {error.strerror}", work, "free some space") from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return manifest
@@ -93,7 +97,7 @@ def _build_into(folder: Path, config: DataConfig, progress: Progress) -> Manifes
         built_from=built_from(config),
         tokenizer=tokenizer.to_json(),
         sources=sources,
-    )
+    ).sealed()
     write_manifest(folder, manifest)
     return manifest
 

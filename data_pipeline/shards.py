@@ -10,10 +10,10 @@ import xxhash
 from pydantic import ValidationError
 
 from armillary.errors import DataError
-from armillary.table import Table
+from armillary.table import SealedTable, Table
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 SCHEMA = pa.schema(
     [
         ("tokens", pa.list_(pa.int32())),
@@ -35,7 +35,7 @@ class Shard(Table):
     xxh3: str
 
 
-class Manifest(Table):
+class Manifest(SealedTable):
     """Written last: without it there are no shards. `built_from` holds the keys of `[data]` that shaped them."""
 
     format: int
@@ -43,9 +43,6 @@ class Manifest(Table):
     built_from: dict
     tokenizer: str
     sources: dict[str, tuple[Shard, ...]]
-
-    def documents(self, source: str) -> int:
-        return sum(shard.documents for shard in self.sources[source])
 
 
 def checksum(path: Path) -> str:
@@ -83,6 +80,7 @@ def write_shard(path: Path, rows: list[tuple[np.ndarray, np.ndarray, list[bytes]
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest of a folder of shards, synced to disk."""
     with open(folder / MANIFEST, "w") as file:
         file.write(manifest.model_dump_json(indent=1))
         file.flush()
@@ -95,12 +93,14 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
         manifest = Manifest.model_validate(json.loads(path.read_text()))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise DataError("there are no shards here", folder, "run `armillary data build JOB.toml`") from None
     except (ValidationError, ValueError) as error:
         raise DataError(f"the manifest cannot be read: {str(error).splitlines()[0]}", path, rebuild) from None
     if manifest.format != FORMAT:
         raise DataError(f"the shards are of format {manifest.format}, this version reads {FORMAT}", path, rebuild)
+    if not manifest.intact:
+        raise DataError("the manifest is damaged: its checksum does not fit", path, rebuild)
     for shards in manifest.sources.values():
         for shard in shards:
             if Path(shard.file).name != shard.file:

@@ -67,7 +67,7 @@ def easy_vqa_questions(split: str, path: str = "") -> list[Question]:
         raise DataError(
             "the easy_vqa source has no questions file", file, "point `path` to a folder with train/ and test/ in it"
         ) from None
-    except (ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise DataError(f"the easy_vqa questions file cannot be read: {error}", file, "restore the file") from None
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from armillary.data_pipeline.batch import ImageShape, PackedBatch, Sequence, assemble, lay_out
-from armillary.data_pipeline.sources import Answer, Picture, Question, Text, easy_vqa_questions
+from armillary.data_pipeline.sources import Answer, Picture, Question, Text, easy_vqa_questions, read_image
 from armillary.data_pipeline.tokenizer import Tokenizer
 from armillary.training.config import TrainJob
 from armillary.training.inference import load_model
@@ -80,7 +80,7 @@ def batches(
     packed: list[list[Sequence]] = [[]]
     room = seq_length
     for question in questions:
-        document = (Picture(question.image.read_bytes()), Text(question.text, learned=False), Answer(question.answer))
+        document = (Picture(read_image(question.image)), Text(question.text, learned=False), Answer(question.answer))
         sequence = lay_out(*tokenizer.encode_document(document), tokenizer.image, shape.positions)
         if len(sequence.tokens) > room:
             if len(packed) == rows:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from armillary.errors import ArmillaryError, JobError
+
 HERE = Path(__file__).parent
 JOB = HERE / "easy_vqa.toml"
 ARMILLARY = str(Path(sys.executable).with_name("armillary"))
@@ -31,6 +33,8 @@ def main() -> int:
     from armillary.launcher.job import load_job
 
     job = load_job(JOB, args.override)
+    if job.training.steps < 2:
+        raise JobError("the demo stops half-way, so it needs at least 2 steps", "training.steps", "give it more")
     half = job.training.steps // 2
     run_dir = f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}"
 
@@ -107,4 +111,8 @@ def ask(console: Console, run_dir: str) -> list[dict]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except ArmillaryError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

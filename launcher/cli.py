@@ -106,13 +106,10 @@ def build(
     """Tokenize and encode the job's sources into Arrow shards."""
     from armillary.data_pipeline.build import build as build_shards
     from armillary.launcher.job import load_job
+    from armillary.launcher.train import say_built
 
-    job, console = load_job(job_file, overrides), _console()
-
-    def progress(source: str, count: int) -> None:
-        console.print(f"building shards: {source}, {count:,} documents", highlight=False)
-
-    manifest = build_shards(job.data, progress, force)
+    job, console = load_job(job_file, overrides).with_absolute_paths(), _console()
+    manifest = build_shards(job.data, lambda source, count: say_built(console, source, count), force)
     totals = {
         source: {key: sum(getattr(s, key) for s in shards) for key in ("documents", "tokens", "images", "bytes")}
         for source, shards in manifest.sources.items()

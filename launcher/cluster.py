@@ -16,7 +16,7 @@ from armillary.launcher.placement import Node
 def connected(address: str, ranks: int) -> Iterator[bool]:
     """Within, Ray is connected: to `address`, or to a cluster of this machine alone that ends with the block.
 
-    Yields whether the machine has GPUs for the ranks. A cluster of our own listens on loopback only and has a
+    Yields whether the ranks shall have a GPU each. A cluster of our own listens on loopback only and has a
     token of its own, which is in no log and no argument. Joining needs the cluster's token in RAY_AUTH_TOKEN or
     RAY_AUTH_TOKEN_PATH. Raises ClusterError.
     """
@@ -50,13 +50,16 @@ def connected(address: str, ranks: int) -> Iterator[bool]:
                     _node_ip_address="127.0.0.1",
                     _temp_dir=str(folder / "ray"),
                 )
-        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise ClusterError(
                 f"Ray could not be {'reached' if address else 'started'}: {str(error).strip().splitlines()[0]}",
                 address or "this machine",
-                "check the address, and the cluster's token in RAY_AUTH_TOKEN_PATH" if address else "see `ray status`",
+                "check the address, and the cluster's token in RAY_AUTH_TOKEN_PATH"
+                if address
+                else "see that TMPDIR is short and has room, and that memory is free",
             ) from None
-        yield ray.cluster_resources().get("GPU", 0) >= 1
+        # On one machine too few GPUs are none: the ranks all run on its processors instead.
+        yield ray.cluster_resources().get("GPU", 0) >= (1 if address else ranks)
     finally:
         with contextlib.suppress(ImportError):
             import ray

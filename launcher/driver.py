@@ -6,6 +6,7 @@ States: place -> launch -> run -> end. What it decides is in placement.py; this 
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +17,12 @@ from armillary.launcher.job import Job
 from armillary.launcher.placement import Bundle, Failure, blame, place
 from armillary.launcher.progress import View
 from armillary.launcher.run import Run
-from armillary.training.checkpoint.manifest import State
+from armillary.training.checkpoint.manifest import State, read_manifest
 from armillary.training.checkpoint.save import discard
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 3.0  # for the peers of a failed rank to tell what they saw
-USER_ERRORS = set(ERRORS)
+USER_ERRORS = {name for name, kind in ERRORS.items() if kind.exit_code == 2}
 
 
 @dataclass
@@ -32,21 +33,24 @@ class Outcome:
     interrupted: bool
 
 
-@dataclass
 class _Stop:
     """Counts Ctrl-C and SIGTERM: the first asks for a checkpoint and an end, the second ends at once."""
 
-    count: int = 0
+    def __init__(self):
+        self.count = 0
+
+    def listen(self) -> dict:
+        """Take over both signals; returns the handlers that were there."""
+        return {number: signal.signal(number, self._heard) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _heard(self, number, frame) -> None:
+        self.count += 1
 
 
 @contextlib.contextmanager
 def _signals() -> Iterator[_Stop]:
     stop = _Stop()
-
-    def handle(number, frame):
-        stop.count += 1
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = stop.listen()
     try:
         yield stop
     finally:
@@ -60,7 +64,8 @@ class _Ranks:
 
     workers: list = field(default_factory=list)
     results: list = field(default_factory=list)
-    addresses: dict[int, str] = field(default_factory=dict)
+    nodes: list[str] = field(default_factory=list)  # each rank's network address
+    addresses: dict[int, str] = field(default_factory=dict)  # where each rank's metrics are
     heard: list[int] = field(default_factory=list)
 
 
@@ -71,14 +76,17 @@ def drive(run: Run, job: Job, until: int, resume: Path | None, view: View) -> Ou
     returns.
     """
     number, folder = run.new_generation()
-    run.event("launch", generation=number, layout=job.parallel.model_dump(), resume=str(resume or ""), until=until)
+    done = read_manifest(resume).state.step if resume else 0
+    run.event("launch", generation=number, layout=job.parallel.model_dump(), from_step=done, until=until)
     with _signals() as stop:
         view.say("starting Ray" if not job.cluster.address else f"joining Ray at {job.cluster.address}")
         try:
             with cluster.connected(job.cluster.address, job.parallel.world_size) as gpus:
+                stop.listen()  # again: ray.init puts its own handler on SIGTERM
                 ranks = _Ranks()
                 try:
-                    _launch(ranks, job, gpus, run, number, folder, until, resume)
+                    _launch(ranks, job, gpus, run, number, folder, until, resume, stop)
+                    run.write_job(job)  # only now is it known that the layout fits the machines
                     view.say(f"{job.parallel.world_size} ranks started, logs in {folder / 'logs'}")
                     outcome = _watch(ranks, job, run, view, stop, until, folder)
                 finally:
@@ -86,6 +94,12 @@ def drive(run: Run, job: Job, until: int, resume: Path | None, view: View) -> Ou
         except ArmillaryError as error:
             run.event("failed", generation=number, error=str(error))
             raise
+        except OSError as error:
+            raise RunError(
+                f"a file of the run could not be written: {error.strerror}",
+                error.filename or run.path,
+                "free some space",
+            ) from error
         finally:
             discard(folder / "checkpoints")
     run.event("ended", generation=number, step=outcome.step, interrupted=outcome.interrupted)
@@ -93,7 +107,15 @@ def drive(run: Run, job: Job, until: int, resume: Path | None, view: View) -> Ou
 
 
 def _launch(
-    ranks: _Ranks, job: Job, gpus: bool, run: Run, number: int, folder: Path, until: int, resume: Path | None
+    ranks: _Ranks,
+    job: Job,
+    gpus: bool,
+    run: Run,
+    number: int,
+    folder: Path,
+    until: int,
+    resume: Path | None,
+    stop: _Stop,
 ) -> None:
     import ray
     from ray.util.placement_group import placement_group
@@ -111,14 +133,15 @@ def _launch(
         bundle_label_selector=[{"ray.io/node-id": bundle.node} for bundle in bundles],
     )
     try:
-        ray.get(group.ready(), timeout=job.cluster.start_timeout)
+        _get([group.ready()], job.cluster.start_timeout, stop)
     except ray.exceptions.GetTimeoutError:
         raise ClusterError(
             f"the machines for {world} ranks were not free within {job.cluster.start_timeout:.0f} s",
             job.cluster.address or "this machine",
             "wait for other jobs to end, or raise cluster.start_timeout",
         ) from None
-    environment = {"OMP_NUM_THREADS": str(cpus), "PYTHONWARNINGS": "ignore", "DS_LOG_LEVEL": "warning"}
+    visible = {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
+    environment = visible | {"OMP_NUM_THREADS": str(cpus), "PYTHONWARNINGS": "ignore", "DS_LOG_LEVEL": "warning"}
     if not job.cluster.address:
         environment["GLOO_SOCKET_IFNAME"] = "lo"
     for rank, (index, _) in enumerate(_slots(bundles)):
@@ -132,14 +155,15 @@ def _launch(
         )
         ranks.workers.append(actor.remote(rank, folder / "logs" / f"rank-{rank:05d}.log"))
     try:
-        places = ray.get([worker.where.remote() for worker in ranks.workers], timeout=job.cluster.start_timeout)
+        places = _get([worker.where.remote() for worker in ranks.workers], job.cluster.start_timeout, stop)
+        run.event("placed", ranks=places)
+        ranks.nodes = [place["address"] for place in places]
+        address = ranks.nodes[0]
+        (port,) = _get([ranks.workers[0].free_port.remote(address)], job.cluster.start_timeout, stop)
     except ray.exceptions.RayError as error:
-        raise ClusterError(
+        raise RunError(
             f"a rank's process did not start: {_first_line(error)}", folder / "logs", "see the logs there"
         ) from None
-    run.event("placed", ranks=places)
-    address = places[0]["address"]
-    port = ray.get(ranks.workers[0].free_port.remote(address))
     train_job = job.train_job().model_dump(mode="json")
     for rank, (worker, (_, local)) in enumerate(zip(ranks.workers, _slots(bundles), strict=True)):
         assignment = {
@@ -158,6 +182,20 @@ def _launch(
     ranks.heard = [0] * world
 
 
+def _get(refs: list, seconds: float, stop: _Stop) -> list:
+    """ray.get with a time limit that a request to stop cuts short."""
+    import ray
+
+    deadline, pending = time.monotonic() + seconds, list(refs)
+    while pending:
+        _, pending = ray.wait(pending, num_returns=len(pending), timeout=POLL_SECONDS)
+        if stop.count:
+            raise RunError("stopped before training began", "launch", "start it again")
+        if pending and time.monotonic() > deadline:
+            raise ray.exceptions.GetTimeoutError(f"no answer within {seconds:.0f} s")
+    return ray.get(refs)
+
+
 def _slots(bundles: list[Bundle]) -> Iterator[tuple[int, int]]:
     """(bundle, number within it) of every rank in order."""
     for index, bundle in enumerate(bundles):
@@ -174,7 +212,7 @@ def _watch(ranks: _Ranks, job: Job, run: Run, view: View, stop: _Stop, until: in
         _listen(ranks, job, run, view)
         failures = _failures(ranks, done)
         if failures:
-            _fail(ranks, failures, pending, folder)
+            _fail(ranks, failures, pending, folder, run)
         if stop.count > asked:
             asked = stop.count
             if asked > 1:
@@ -209,7 +247,8 @@ def _listen(ranks: _Ranks, job: Job, run: Run, view: View) -> None:
 def _take(ranks: _Ranks, rank: int, message: dict, job: Job, run: Run, view: View) -> None:
     match message.pop("kind"):
         case "serving":
-            ranks.addresses[rank] = message["address"]
+            host, _, port = message["address"].rpartition(":")
+            ranks.addresses[rank] = f"{ranks.nodes[rank] if host in ('0.0.0.0', '::') else host}:{port}"
             if len(ranks.addresses) == len(ranks.workers):
                 run.write_targets([ranks.addresses[r] for r in range(len(ranks.workers))])
                 view.say(f"metrics of every rank: {run.targets_file}")
@@ -241,7 +280,7 @@ def _failures(ranks: _Ranks, done: list) -> list[Failure]:
     return found
 
 
-def _fail(ranks: _Ranks, failures: list[Failure], pending: list, folder: Path) -> None:
+def _fail(ranks: _Ranks, failures: list[Failure], pending: list, folder: Path, run: Run) -> None:
     """Raise the error that explains the failures, after a short wait for the other ranks' own."""
     import ray
 
@@ -255,7 +294,8 @@ def _fail(ranks: _Ranks, failures: list[Failure], pending: list, folder: Path) -
     if first.kind == "died":
         raise RunError(
             f"rank {first.rank} of {len(ranks.workers)} died", log,
-            "see its log and the machine's (out of memory?), then `armillary resume`",
+            "see its log and the machine's (out of memory?), then "
+            + ("`armillary resume`" if run.has_checkpoint else "start it again"),
         )  # fmt: skip
     raise RunError(f"rank {first.rank} failed: {first.kind}: {first.message}", log, "the traceback is in that log")
 

@@ -63,7 +63,10 @@ def blame(failures: list[Failure], user_errors: set[str]) -> Failure:
             return 0, failure.rank
         if failure.kind == "died":
             return 1, failure.rank
-        lost = any(word in failure.message.lower() for word in ("connection", "peer", "gloo", "nccl", "timed out"))
+        lost = any(
+            word in failure.message.lower()
+            for word in ("connection", "peer", "gloo", "nccl", "timed out", "could not meet")
+        )
         return 3 if lost else 2, failure.rank
 
     return min(failures, key=order)

@@ -2,24 +2,33 @@
 
 job.toml             the resolved job          job.hash   its hash
 events.jsonl         what happened, one JSON object a line, appended
+lock                 held by the driver at work
 generations/000/     one launch of the ranks: their logs, and checkpoints in the making
 checkpoints/         committed checkpoints     latest     the name of the newest
-tokenizer.json       the tokenizer that the run's tokens are of
+data_manifest.json   the manifest of the shards that the run trains on, their tokenizer in it
 metrics_targets.json where the ranks' metrics are, for Prometheus' file_sd
 """
 
+import contextlib
+import fcntl
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ValidationError
+
+from armillary.data_pipeline.shards import Manifest
 from armillary.data_pipeline.tokenizer import Tokenizer
 from armillary.errors import CheckpointError, JobError
 from armillary.launcher.job import Job, apply_overrides, read_toml, resolve
 from armillary.training.checkpoint.manifest import MANIFEST, State, sync_folder, write_json
 from armillary.training.checkpoint.save import commit
+
+DATA_MANIFEST = "data_manifest.json"
 
 
 @dataclass(frozen=True)
@@ -28,21 +37,26 @@ class Run:
 
     path: Path
 
-    @classmethod
-    def create(cls, path: Path, job: Job, tokenizer: str) -> "Run":
-        """Make the directory of a new run; JobError where it exists already."""
-        try:
-            path.mkdir(parents=True)
-        except FileExistsError:
+    @staticmethod
+    def refuse_existing(path: Path) -> None:
+        """JobError where a run directory cannot be made because something is there."""
+        if path.exists():
             raise JobError(
                 "the run directory exists already", path, "resume it with `armillary resume`, or name another --run-dir"
-            ) from None
+            )
+
+    @classmethod
+    def create(cls, path: Path, job: Job, data: Manifest) -> "Run":
+        """Make the directory of a new run; JobError where it exists already."""
+        cls.refuse_existing(path)
+        try:
+            path.mkdir(parents=True)
         except OSError as error:
             raise JobError(
                 f"the run directory cannot be made: {error.strerror}", path, "name another --run-dir"
             ) from None
         run = cls(path.resolve())
-        write_json(run.path / "tokenizer.json", tokenizer)
+        write_json(run.path / DATA_MANIFEST, data.model_dump_json(indent=1))
         run.write_job(job)
         return run
 
@@ -61,13 +75,22 @@ class Run:
     def targets_file(self) -> Path:
         return self.path / "metrics_targets.json"
 
+    def data(self) -> Manifest:
+        """The manifest of the run's shards; CheckpointError where it is missing or damaged."""
+        file = self.path / DATA_MANIFEST
+        try:
+            manifest = Manifest.model_validate_json(file.read_bytes())
+        except (OSError, ValidationError):
+            manifest = None
+        if manifest is None or not manifest.intact:
+            raise CheckpointError(
+                "the manifest of the run's data cannot be read", file, "copy it from the shards' folder"
+            )
+        return manifest
+
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the run's tokens are of."""
-        file = self.path / "tokenizer.json"
-        try:
-            return Tokenizer.from_json(file.read_text())
-        except FileNotFoundError:
-            raise CheckpointError("the run's tokenizer is missing", file, "restore it") from None
+        return Tokenizer.from_json(self.data().tokenizer)
 
     def write_job(self, job: Job) -> None:
         write_json(self.path / "job.toml", job.to_toml())
@@ -84,9 +107,13 @@ class Run:
         return resolve(apply_overrides(tables, overrides), str(self.path / "job.toml"))
 
     def event(self, kind: str, **fields) -> None:
-        """Append one event; a crash loses at most a part of the last line."""
-        with open(self.events_file, "a") as file:
-            file.write(json.dumps({"time": round(time.time(), 3), "event": kind, **fields}) + "\n")
+        """Append one event on a line of its own, also behind a line that a crash cut off."""
+        line = json.dumps({"time": round(time.time(), 3), "event": kind, **fields}) + "\n"
+        with open(self.events_file, "ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read(1) == b"\n" else "\n" + line
+            file.write(line.encode())
 
     def events(self, kind: str = "") -> Iterator[dict]:
         """Events in order, of one kind or of all; a line cut off by a crash is passed over."""
@@ -101,8 +128,14 @@ class Run:
                 yield event
 
     def curve(self) -> list[dict]:
-        """The step events that count: of a step done twice, around a resume, the later one."""
-        return [event for _, event in sorted({event["step"]: event for event in self.events("step")}.items())]
+        """The step events that count, in order: a launch drops the steps beyond the checkpoint it started from."""
+        curve: list[dict] = []
+        for event in self.events():
+            if event["event"] == "launch":
+                curve = [step for step in curve if step["step"] <= event["from_step"]]
+            elif event["event"] == "step":
+                curve.append(event)
+        return curve
 
     def new_generation(self) -> tuple[int, Path]:
         """The number and folder of the next launch of ranks."""
@@ -111,6 +144,20 @@ class Run:
         (folder / "logs").mkdir(parents=True)
         (folder / "checkpoints").mkdir()
         return number, folder
+
+    @property
+    def has_checkpoint(self) -> bool:
+        return (self.path / "latest").exists()
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for one driver; JobError where another has it. A dead driver's hold ends with it."""
+        with open(self.path / "lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise JobError("the run is being trained already", self.path, "wait for it, or stop it") from None
+            yield
 
     def latest(self) -> Path:
         """The newest committed checkpoint; CheckpointError where there is none."""
@@ -140,7 +187,11 @@ class Run:
     def write_targets(self, addresses: list[str]) -> None:
         """Tell Prometheus (file_sd) where each rank's metrics are."""
         targets = [
-            {"targets": [address], "labels": {"run": self.path.name, "rank": str(rank)}}
+            # `instance` would follow the port, which each launch changes: series go on under a name of their own.
+            {
+                "targets": [address],
+                "labels": {"run": self.path.name, "rank": str(rank), "instance": f"{self.path.name}/{rank}"},
+            }
             for rank, address in enumerate(addresses)
         ]
         write_json(self.targets_file, json.dumps(targets, indent=1) + "\n")

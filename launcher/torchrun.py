@@ -6,6 +6,7 @@ A run directory that exists is resumed from its latest checkpoint, so an elastic
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -14,11 +15,14 @@ from pathlib import Path
 
 from rich.console import Console
 
+from armillary.data_pipeline.build import ensure_built
 from armillary.errors import ArmillaryError, JobError
-from armillary.launcher.job import load_job
+from armillary.launcher.job import Job, load_job
 from armillary.launcher.progress import View
 from armillary.launcher.run import Run
-from armillary.training.checkpoint.manifest import State
+from armillary.launcher.train import check_readable, resumable_job
+from armillary.training.checkpoint.manifest import State, read_manifest
+from armillary.training.checkpoint.save import discard
 
 
 class LocalObserver:
@@ -64,7 +68,6 @@ def train(job_file: Path, run_dir: Path, overrides: list[str]) -> None:
     import torch
     import torch.distributed as dist
 
-    from armillary.data_pipeline.build import ensure_built
     from armillary.training.loop import Assignment, run
     from armillary.training.process_group import Rank, join, leave
 
@@ -80,31 +83,43 @@ def train(job_file: Path, run_dir: Path, overrides: list[str]) -> None:
             "set parallel.world_size, or --nproc-per-node",
         )  # fmt: skip
     join(rank, job.parallel, job.cluster.start_timeout)
-    number = torch.zeros(1, dtype=torch.long, device=rank.device)
-    if rank.rank == 0:
-        manifest = ensure_built(job.data)
-        opened = Run.open(run_dir) if run_dir.exists() else Run.create(run_dir, job, manifest.tokenizer)
-        number[0], _ = opened.new_generation()
-    dist.broadcast(number, 0)
-    opened, generation = Run.open(run_dir), int(number)
-    resume = opened.latest() if (opened.path / "latest").exists() else None
-    folder = opened.path / "generations" / f"{generation:03d}"
-    if rank.rank == 0:
-        opened.event("launch", generation=generation, layout=job.parallel.model_dump(), resume=str(resume or ""),
-                     until=job.training.steps)  # fmt: skip
-    assignment = Assignment(
-        opened.path.name,
-        job.train_job(),
-        job.hash(),
-        rank,
-        folder / "checkpoints",
-        resume,
-        job.training.steps,
-        generation,
-    )
-    with View(opened.path.name, job.training.steps, Console(stderr=True)) as view:
-        run(assignment, LocalObserver(opened, view, rank.world_size))
+    opened = Run(run_dir.resolve())
+    with contextlib.ExitStack() as stack:
+        plan = torch.zeros(2, dtype=torch.long, device=rank.device)  # generation, and whether there is a checkpoint
+        if rank.rank == 0:
+            opened = _open(run_dir, job)
+            stack.enter_context(opened.locked())
+            number, folder = opened.new_generation()
+            stack.callback(discard, folder / "checkpoints")
+            plan += torch.tensor([number, opened.has_checkpoint], device=rank.device)
+        dist.broadcast(plan, 0)
+        generation, resumed = plan.tolist()
+        resume, until = opened.latest() if resumed else None, job.training.steps
+        if rank.rank == 0:
+            done = read_manifest(resume).state.step if resume else 0
+            opened.event("launch", generation=generation, layout=job.parallel.model_dump(), from_step=done, until=until)
+        staging = opened.path / "generations" / f"{generation:03d}" / "checkpoints"
+        console = Console(stderr=True, quiet=rank.rank > 0)
+        view = stack.enter_context(View(opened.path.name, until, console))
+        observer = LocalObserver(opened, view, rank.world_size)
+        step = run(
+            Assignment(opened.path.name, job.train_job(), job.hash(), rank, staging, resume, until, generation),
+            observer,
+        )
+        if rank.rank == 0:
+            opened.event("ended", generation=generation, step=step, interrupted=step < until)
     leave()
+
+
+def _open(run_dir: Path, job: Job) -> Run:
+    """The run to go on with, or a new one."""
+    if run_dir.exists():
+        opened = Run.open(run_dir)
+        opened.write_job(resumable_job(opened, job))
+        return opened
+    manifest = ensure_built(job.data)
+    check_readable(job)
+    return Run.create(run_dir, job, manifest)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from rich.console import Console
 
 from armillary.data_pipeline.build import ensure_built
 from armillary.data_pipeline.loader import Loader
-from armillary.errors import ArmillaryError, JobError
+from armillary.data_pipeline.sources import easy_vqa_questions
+from armillary.errors import ArmillaryError, DataError, JobError
 from armillary.launcher.driver import Outcome, drive
 from armillary.launcher.job import Job
 from armillary.launcher.plot import plot_loss
@@ -21,7 +22,10 @@ KEPT_BY_RESUME = ("model", "data")  # a change would make the checkpoint's tenso
 
 @dataclass
 class Summary:
-    """How a run stands when a command ends. Rates are of this launch; losses of the whole run."""
+    """How a run stands when a command ends. Rates are of this launch; losses of the whole run.
+
+    Tokens are positions of the packed rows: text, image positions and padding.
+    """
 
     run: str
     steps: int
@@ -62,14 +66,13 @@ class Summary:
 
 
 def start(job: Job, run_dir: Path | None, stop_at: int, console: Console) -> Summary:
-    """Train a new run; what a failed start leaves behind is removed where it made no checkpoint and no step."""
+    """Train a new run; a start that the user can put right leaves no directory behind."""
     until, job = _until(job, stop_at, done=0), job.with_absolute_paths()
     path = run_dir or Path("runs") / f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if path.exists():
-        Run.create(path, job, "")  # refuses, before shards are built for nothing
+    Run.refuse_existing(path)
     manifest = ensure_built(job.data, lambda source, count: say_built(console, source, count))
-    Loader(job.data, job.image_shape)  # a damaged shard is refused here, before a directory is made and ranks start
-    run = Run.create(path, job, manifest.tokenizer)
+    check_readable(job)
+    run = Run.create(path, job, manifest)
     try:
         return _train(run, job, until, None, console)
     except ArmillaryError as error:
@@ -81,7 +84,15 @@ def start(job: Job, run_dir: Path | None, stop_at: int, console: Console) -> Sum
 def resume(path: Path, overrides: list[str], stop_at: int, console: Console) -> Summary:
     """Go on with a run from its latest checkpoint, on the layout that the overrides ask for."""
     run = Run.open(path)
-    before, job = run.job(), run.job(overrides)
+    job = resumable_job(run, run.job(overrides).with_absolute_paths())
+    checkpoint = run.latest()
+    until = _until(job, stop_at, read_manifest(checkpoint).state.step)
+    return _train(run, job, until, checkpoint, console)
+
+
+def resumable_job(run: Run, job: Job) -> Job:
+    """`job` if the run can go on with it; JobError or DataError if its model or data would be other ones."""
+    before = run.job()
     for table in KEPT_BY_RESUME:
         old, new = getattr(before, table).model_dump(), getattr(job, table).model_dump()
         changed = [f"{table}.{key}" for key in new if new[key] != old[key] and f"{table}.{key}" != "data.path"]
@@ -90,12 +101,18 @@ def resume(path: Path, overrides: list[str], stop_at: int, console: Console) -> 
                 f"a run cannot be resumed with another {', '.join(changed)}", run.path / "job.toml",
                 "leave it as it was, or start a new run",
             )  # fmt: skip
-    checkpoint = run.latest()
-    until = _until(job, stop_at, read_manifest(checkpoint).state.step)
-    ensure_built(job.data)
+    if ensure_built(job.data) != run.data():
+        raise DataError("these are not the shards that the run was trained on", job.data.path, "restore those shards")
+    check_readable(job)
+    return job
+
+
+def check_readable(job: Job) -> None:
+    """Refuse damaged shards, and held-out questions that cannot be scored, before any rank starts."""
     Loader(job.data, job.image_shape)
-    run.write_job(job)
-    return _train(run, job, until, checkpoint, console)
+    for source in job.data.sources if job.training.evaluate else ():
+        if source.kind == "easy_vqa" and not easy_vqa_questions("test", source.path):
+            raise DataError("there are no held-out questions", source.path, "add some, or set training.evaluate=false")
 
 
 def say_built(console: Console, source: str, count: int) -> None:
@@ -115,7 +132,7 @@ def _until(job: Job, stop_at: int, done: int) -> int:
 
 
 def _train(run: Run, job: Job, until: int, checkpoint: Path | None, console: Console) -> Summary:
-    with View(run.path.name, until, console) as view:
+    with run.locked(), View(run.path.name, until, console) as view:
         outcome = drive(run, job, until, checkpoint, view)
     summary = _summarise(run, job, outcome)
     if job.training.evaluate and outcome.step >= job.training.steps:
@@ -123,7 +140,11 @@ def _train(run: Run, job: Job, until: int, checkpoint: Path | None, console: Con
 
         if has_questions(job):
             console.print("scoring held-out questions", highlight=False)
-            score = evaluate(run.latest(), run.tokenizer())
+            try:
+                score = evaluate(run.latest(), run.tokenizer())
+            except ArmillaryError as error:  # the training is done all the same
+                console.print(f"not scored: {error}", markup=False, highlight=False)
+                return summary
             summary.accuracy, summary.blind_accuracy = score.accuracy, score.blind
             summary.questions = score.total
             run.event("evaluated", suite="easy-vqa", **asdict(score))

@@ -24,6 +24,7 @@ class Worker:
         self._stop = threading.Event()
         self._committed = threading.Event()
         self._messages: list[dict] = []
+        self._heard = 0  # messages that the driver has taken in, and that are forgotten here
         log.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         sys.stdout.flush()
@@ -65,8 +66,10 @@ class Worker:
             return Failure(self._rank, type(error).__name__, str(error).strip().splitlines()[0] if str(error) else "")
 
     def messages(self, since: int) -> list[dict]:
-        """What this rank had to say after its first `since` messages."""
-        return self._messages[since:]
+        """What this rank had to say after its first `since` messages; those are the driver's now."""
+        del self._messages[: since - self._heard]
+        self._heard = since
+        return list(self._messages)
 
     def stop(self) -> None:
         """End after the step in hand, with a checkpoint."""

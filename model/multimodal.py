@@ -123,6 +123,11 @@ class MultimodalModel(MegatronModule):
         cache_rows: torch.Tensor | None = None,
         decode: bool = False,
     ) -> torch.Tensor:
+        """Logits of a whole or last stage, hidden states of another; see the class.
+
+        cache: keys and values are written to it, position t's to its sequence cache_rows[t] (int64 [T]).
+        decode: each of the T positions is the one new token of its sequence and sees what the cache holds of it.
+        """
         context = PackedContext(
             inputs.positions_T,
             inputs.cu_seqlens,

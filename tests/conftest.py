@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what these tests prove, they prove on the processor
 ROOT = Path(__file__).parents[1]
 ARMILLARY = str(Path(sys.executable).with_name("armillary"))
 

@@ -40,7 +40,9 @@ class TrainingConfig(Table):
 
     steps: int = Field(1000, ge=1, description="optimizer steps of the whole run; the learning rate follows it")
     global_batch: int = Field(8, ge=1, description="packed rows in one optimizer step, over all ranks")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="of weights in use; fp32 master weights are kept")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of weights and gradients in use; master weights are fp32"
+    )
     seed: int = Field(0, ge=0, description="seed of the initial weights")
     evaluate: bool = Field(True, description="score held-out questions when the last step is done")
 

@@ -1,7 +1,7 @@
 """What Megatron-core 0.16.1 needs to run on a CPU-only PyTorch: stand-ins for the few CUDA calls it makes.
 
-Everything replaced here raises on a CPU-only PyTorch, so nothing that worked changes; where CUDA is there,
-`install` does nothing. The stand-ins record which line of Megatron-core called them, so that a test can
+What is replaced here raises (or, seeding, does nothing) on a CPU-only PyTorch, so nothing that worked changes; where
+CUDA is there, `install` does nothing. The stand-ins record which line of Megatron-core called them, so that a test can
 tell when a new version calls something else.
 """
 

@@ -10,9 +10,8 @@ from megatron.core import parallel_state
 
 from armillary.model.coordinates import Placement, placements
 from armillary.model.multimodal import MultimodalModel
+from armillary.training.checkpoint.manifest import MOMENTS
 from armillary.training.config import OptimizerConfig
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class ParallelGroups:
@@ -159,7 +158,9 @@ class Engine:
 
 def _deepspeed():
     """DeepSpeed, kept from compiling C++ and from talking when it is imported and initialised."""
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", tempfile.mkdtemp(prefix="armillary-extensions-"))
+    # A folder of this process alone, made only if something is compiled after all: a shared one can hold stale locks.
+    private = os.path.join(tempfile.gettempdir(), f"armillary-extensions-{os.getuid()}-{os.getpid()}")
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", private)
     import logging
 
     import deepspeed

@@ -15,7 +15,10 @@ from armillary.training.process_group import Rank, join
 
 @torch.no_grad()
 def load_model(checkpoint: Path) -> tuple[MultimodalModel, TrainJob]:
-    """The model of a committed checkpoint in evaluation mode, on the GPU if there is one, and its job."""
+    """The model of a committed checkpoint in evaluation mode, on the GPU if there is one, and its job.
+
+    CheckpointError where it is missing, incomplete, corrupted or of other dimensions than its job says.
+    """
     reader = Reader(checkpoint)
     job = TrainJob.model_validate(reader.manifest.state.job).model_copy(update={"parallel": Layout()})
     rank = Rank()

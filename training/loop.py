@@ -18,10 +18,10 @@ from armillary.errors import CheckpointError, RunError
 from armillary.model.coordinates import initialize, placements
 from armillary.model.multimodal import MultimodalModel
 from armillary.training.checkpoint.load import Reader
-from armillary.training.checkpoint.manifest import State
+from armillary.training.checkpoint.manifest import MOMENTS, State
 from armillary.training.checkpoint.save import write_rank
 from armillary.training.config import TrainJob
-from armillary.training.engine import MOMENTS, Engine
+from armillary.training.engine import Engine
 from armillary.training.metrics import Metrics
 from armillary.training.process_group import Rank
 from armillary.training.step import train_step

@@ -28,7 +28,10 @@ class Metrics:
             "tokens", "this rank's share of the positions trained on; the sum over ranks is the run's"
         )
         self.nonfinite_steps = self._counter("nonfinite_steps", "steps whose loss or gradient norm was not finite")
-        self.compute_seconds = self._counter("compute_seconds", "seconds in forward and backward passes")
+        self.compute_seconds = self._counter(
+            "compute_seconds",
+            "seconds in forward and backward passes, tensor and pipeline communication in it",
+        )
         self.reduce_seconds = self._counter("reduce_seconds", "seconds in gradient reduction and the optimizer")
         self.data_wait_seconds = self._counter("data_wait_seconds", "seconds waiting for a batch")
         self.checkpoint_seconds = self._counter("checkpoint_seconds", "seconds that training stood still for a save")

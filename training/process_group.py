@@ -13,6 +13,9 @@ from armillary.errors import RunError
 from armillary.training import cpu_runtime
 from armillary.training.layout import Layout
 
+# A collective waits as long as the slowest rank may take: over a whole checkpoint, or the building of shards.
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+
 
 @dataclass(frozen=True)
 class Rank:
@@ -30,7 +33,7 @@ class Rank:
 
 
 def join(rank: Rank, layout: Layout, timeout_seconds: float = 300.0) -> None:
-    """Meet the other ranks and form the layout's groups. A single process needs no address.
+    """Meet the other ranks within `timeout_seconds` and form the layout's groups. One process needs no address.
 
     May be called again in one process for another layout of the same world size.
     """
@@ -48,7 +51,7 @@ def join(rank: Rank, layout: Layout, timeout_seconds: float = 300.0) -> None:
                 store=store,
                 rank=rank.rank,
                 world_size=rank.world_size,
-                timeout=datetime.timedelta(seconds=timeout_seconds),
+                timeout=COLLECTIVE_TIMEOUT,
             )
         except (dist.DistStoreError, dist.DistNetworkError, OSError) as error:
             raise RunError(

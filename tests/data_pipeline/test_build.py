@@ -106,6 +106,17 @@ def test_every_flipped_byte_of_a_shard_is_found(config):
         assert error.value.where == str(shard)
 
 
+def test_any_changed_byte_of_the_manifest_is_found_or_harmless(config):
+    before, path = build(config), config_path(config) / "manifest.json"
+    good = path.read_bytes()
+    for place in range(0, len(good), 61):
+        path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+        try:
+            assert read_manifest(config_path(config)) == before
+        except DataError:
+            continue
+
+
 @pytest.mark.parametrize("damage", ["missing", "short", "no manifest", "torn manifest", "path in manifest"])
 def test_damaged_shards_are_refused(config, damage):
     build(config)

@@ -1,21 +1,30 @@
+import json
+
 import pytest
 
+from armillary.data_pipeline.shards import Manifest
 from armillary.errors import CheckpointError, JobError
 from armillary.launcher.job import resolve
 from armillary.launcher.run import Run
 from tests.data_pipeline.test_tokenizer import TOKENIZER
 
+DATA = Manifest(format=1, arrow_schema="", built_from={}, tokenizer=TOKENIZER.to_json(), sources={}).sealed()
+
 
 @pytest.fixture
 def run(tables, tmp_path):
-    return Run.create(tmp_path / "run", resolve(tables | {"parallel": {"tensor": 2}}, "test"), TOKENIZER.to_json())
+    return Run.create(tmp_path / "run", resolve(tables | {"parallel": {"tensor": 2}}, "test"), DATA)
 
 
 def test_a_run_is_made_once(run, tables):
     with pytest.raises(JobError, match="exists already"):
-        Run.create(run.path, resolve(tables, "test"), "")
+        Run.create(run.path, resolve(tables, "test"), DATA)
     assert Run.open(run.path) == run
+    assert run.data() == DATA
     assert run.tokenizer().encode("blue") == TOKENIZER.encode("blue")
+    (run.path / "data_manifest.json").write_text("{")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        run.tokenizer()
 
 
 def test_nothing_is_no_run(tmp_path):
@@ -43,14 +52,41 @@ def test_overrides_change_the_layout_and_the_world_size_follows(run):
         run.job(["parallel.world_size=3"])
 
 
-def test_a_torn_last_event_is_passed_over_and_a_redone_step_counts_once(run):
-    for step, loss in ((1, 5.0), (2, 4.0), (3, 3.0), (2, 4.5)):
-        run.event("step", step=step, loss=loss)
-    run.event("checkpoint", step=2)
+def test_an_event_after_a_torn_line_is_not_lost(run):
+    run.event("step", step=1, loss=5.0)
     with open(run.events_file, "a") as file:
         file.write('{"event": "step", "st')
-    assert [(e["step"], e["loss"]) for e in run.curve()] == [(1, 5.0), (2, 4.5), (3, 3.0)]
+    run.event("launch", from_step=1)
+    run.event("checkpoint", step=2)
+    assert [e["event"] for e in run.events()] == ["step", "launch", "checkpoint"]
     assert [e["step"] for e in run.events("checkpoint")] == [2]
+
+
+def test_a_launch_drops_the_steps_that_its_checkpoint_does_not_hold(run):
+    run.event("launch", from_step=0)
+    for step in range(1, 36):
+        run.event("step", step=step, loss=1.0)
+    run.event("launch", from_step=20)
+    for step in range(21, 31):
+        run.event("step", step=step, loss=2.0)
+    assert [(e["step"], e["loss"]) for e in run.curve()] == [(s, 1.0 if s <= 20 else 2.0) for s in range(1, 31)]
+    run.event("launch", from_step=0)
+    assert run.curve() == []
+
+
+def test_one_driver_at_a_time(run):
+    with run.locked(), pytest.raises(JobError, match="being trained already"), run.locked():
+        pass
+    with run.locked():
+        pass
+
+
+def test_targets_keep_their_series_when_ports_change(run):
+    for port in (5001, 6001):
+        run.write_targets([f"127.0.0.1:{port}", f"127.0.0.1:{port + 1}"])
+        targets = json.loads(run.targets_file.read_text())
+        assert [t["targets"] for t in targets] == [[f"127.0.0.1:{port}"], [f"127.0.0.1:{port + 1}"]]
+        assert [t["labels"]["instance"] for t in targets] == ["run/0", "run/1"]
 
 
 def test_generations_count_up(run):

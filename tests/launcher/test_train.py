@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -14,11 +15,14 @@ from pathlib import Path
 import psutil
 import pytest
 
+from armillary.data_pipeline.shards import read_manifest, write_manifest
 from armillary.data_pipeline.sources import easy_vqa_questions
 from armillary.launcher.run import Run
 from tests.conftest import ARMILLARY, free_port, refused
 from tests.data_pipeline.test_build import own_source
 from tests.training.test_metrics import NAMES, scrape
+
+TINY = ("model.depth=1", "model.hidden_size=32", "model.num_heads=2", "model.vision_num_heads=2")
 
 
 def started(tmp_path, *words) -> subprocess.Popen:
@@ -81,6 +85,7 @@ def interrupted(tables, tmp_path_factory):
     time.sleep(1)
     second = [scrape(target["targets"][0]) for target in targets]
     listening = listeners(process.pid)
+    commands = [" ".join(p.cmdline()) for p in psutil.Process(process.pid).children(recursive=True)]
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
     return {
@@ -88,6 +93,7 @@ def interrupted(tables, tmp_path_factory):
         "targets": targets,
         "scrapes": (first, second),
         "listening": listening,
+        "commands": commands,
         "code": process.returncode,
         "out": out,
         "err": err,
@@ -96,7 +102,7 @@ def interrupted(tables, tmp_path_factory):
 
 def test_a_live_run_answers_prometheus_on_every_rank(interrupted):
     targets, (first, second) = interrupted["targets"], interrupted["scrapes"]
-    assert [t["labels"] for t in targets] == [{"run": "run", "rank": "0"}, {"run": "run", "rank": "1"}]
+    assert [(t["labels"]["run"], t["labels"]["rank"]) for t in targets] == [("run", "0"), ("run", "1")]
     assert all(t["targets"][0].startswith("127.0.0.1:") for t in targets)
     for rank, (before, after) in enumerate(zip(first, second, strict=True)):
         assert set(after) >= NAMES
@@ -132,10 +138,13 @@ def test_a_local_run_listens_on_loopback_only(interrupted):
     assert {address.removeprefix("::ffff:") for _, address in interrupted["listening"]} == {"127.0.0.1"}
 
 
-def test_secrets_are_in_no_log(interrupted):
-    for path in interrupted["run"].path.rglob("*"):
-        if path.is_file():
-            assert "auth_token" not in path.read_text(errors="replace").lower()
+def test_the_token_is_in_no_log_and_no_argument(interrupted):
+    token = re.compile(rb"[0-9a-f]{64}")
+    assert not any(token.search(line.encode()) for line in interrupted["commands"])
+    texts = [p for p in interrupted["run"].path.rglob("*") if p.is_file() and p.suffix not in (".bin", ".png")]
+    assert len(texts) > 5
+    for path in texts:
+        assert not token.search(path.read_bytes()), path
 
 
 def test_a_run_is_resumed_on_another_layout_and_ends(interrupted, armillary):
@@ -222,17 +231,52 @@ def can_connect(port):
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def test_a_rank_that_dies_at_start_ends_the_run_with_its_name(job_file, tmp_path):
+@pytest.mark.parametrize("dying", [0, 1])
+def test_a_rank_that_dies_at_start_ends_the_run_with_its_name(job_file, tmp_path, dying):
     run = Run(tmp_path / "run")
     process = started(tmp_path, "train", job_file, "parallel.data=2", "--run-dir", "run")
     ranks = wait_for(lambda: placed(run), process)["ranks"]
-    os.kill(ranks[1]["pid"], signal.SIGKILL)
+    os.kill(ranks[dying]["pid"], signal.SIGKILL)
     out, err = process.communicate(timeout=120)
-    refused(subprocess.CompletedProcess([], process.returncode, out, err), "rank 1 of 2 died", "rank-00001.log", code=1)
+    log = f"rank-{dying:05d}.log"
+    refused(subprocess.CompletedProcess([], process.returncode, out, err), f"rank {dying} of 2 died", log, code=1)
+    assert (run.path / "generations/000/logs" / log).exists()
+    assert "start it again" in err
     assert_gone(ranks)
     assert not run.curve()
     assert not (run.path / "generations/000/checkpoints").exists()
-    assert "rank 1 of 2 died" in next(run.events("failed"))["error"]
+    assert f"rank {dying} of 2 died" in next(run.events("failed"))["error"]
+
+
+def test_sigterm_saves_a_checkpoint_too_and_a_second_signal_ends_at_once(job_file, tmp_path, armillary):
+    run = Run(tmp_path / "run")
+    process = started(tmp_path, "train", job_file, "training.steps=100000", "--run-dir", "run")
+    wait_for(lambda: run.curve(), process)
+    refused(armillary("resume", "run"), "no checkpoint yet")
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    last = run.curve()[-1]["step"]
+    assert run.latest().name == f"step-{last:08d}"
+    process = started(tmp_path, "resume", "run")
+    ranks = wait_for(lambda: len(list(run.events("placed"))) == 2 and list(run.events("placed"))[1]["ranks"], process)
+    refused(armillary("resume", "run"), "being trained already")
+    process.terminate()
+    process.terminate()
+    time.sleep(0.3)
+    if process.poll() is None:
+        process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode in (1, 130), err
+    assert "Traceback" not in err
+    assert_gone(ranks)
+    assert run.latest().exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(job_file, armillary, tmp_path):
+    done = armillary("train", job_file, "optimizer.learning_rate=1e30", "optimizer.clip_grad=1e30", "--run-dir", "run")
+    refused(done, "the loss is", "at step", "learning_rate", code=1)
+    assert "the loss is" in next(Run(tmp_path / "run").events("failed"))["error"]
 
 
 def test_a_port_in_use_is_refused_and_leaves_no_run(job_file, armillary, tmp_path):
@@ -267,6 +311,10 @@ def test_runs_the_same_under_torchrun(job_file, tmp_path):
     run = Run(tmp_path / "run")
     assert [e["step"] for e in run.events("step")] == [1, 2, 3, 4, 5]
     assert run.latest().name == "step-00000005"
+    changed = launch(job_file, "--run-dir", "run", "parallel.data=2", "training.steps=6", "data.seed=9")
+    assert changed.returncode != 0
+    assert "cannot be resumed with another data.seed" in changed.stderr
+    assert not any((run.path / "generations").glob("*/checkpoints")), "nothing half-written is left"
     wrong = launch(job_file, "--run-dir", "other", "parallel.world_size=4")
     assert wrong.returncode != 0
     assert "the layout has 4 ranks, torchrun started 2" in wrong.stderr
@@ -285,6 +333,34 @@ def test_a_run_directory_that_exists_is_not_touched(job_file, armillary, tmp_pat
 
 def test_resuming_from_nothing_is_refused(armillary):
     refused(armillary("resume", "nowhere"), "no run here", "armillary train")
+
+
+def test_other_shards_are_not_trained_on(interrupted, armillary, tmp_path, tables):
+    """The same keys built from other files: the cursor would mean other documents."""
+    job = tmp_path / "job.toml"
+    source = own_source(tmp_path / "source")
+    job.write_text(f'[data]\npath = "shards"\nsources = [{{kind = "easy_vqa", path = "{source}"}}]\n')
+    assert armillary("data", "build", job).returncode == 0
+    done = armillary("resume", interrupted["run"].path, f'data.path="{tmp_path / "shards"}"')
+    refused(done, "the shards were built with another")
+    run = Run(interrupted["run"].path)
+    shards = tmp_path / "copy"
+    shutil.copytree(tables["data"]["path"], shards)
+    manifest = read_manifest(shards)
+    write_manifest(shards, manifest.model_copy(update={"arrow_schema": "another"}).sealed())
+    refused(armillary("resume", run.path, f'data.path="{shards}"'), "not the shards")
+
+
+def test_paths_in_a_job_are_those_of_the_folder_it_was_started_in(armillary, tmp_path):
+    own_source(tmp_path / "source")
+    job = tmp_path / "job.toml"
+    job.write_text('[data]\npath = "shards"\nsources = [{kind = "easy_vqa", path = "source"}]\n')
+    assert armillary("data", "build", job).returncode == 0
+    done = armillary("train", job, "parallel.tensor=7", "model.depth=1")  # would build, or refuse the shards
+    refused(done, "tensor=7")
+    done = armillary("train", job, "--run-dir", "run", "metrics.port=1", "metrics.host=192.0.2.77", *TINY)
+    refused(done, "metrics of rank 0")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["job.toml", "shards", "source"]
 
 
 @pytest.mark.parametrize("damage", ["flip", "remove"])

@@ -142,16 +142,36 @@ def test_a_missing_rank_is_not_committed(runs, tmp_path):
     assert not (tmp_path / "target").exists()
 
 
-def test_a_tensor_with_a_hole_is_not_committed(runs, tmp_path):
+@pytest.mark.parametrize("fault", ["hole", "overlap", "no moment"])
+def test_what_does_not_tile_every_tensor_is_not_committed(runs, tmp_path, fault):
     manifest = Reader(runs[3]).manifest
     staging = tmp_path / "staging"
     staging.mkdir()
     chunks = [chunk.model_dump(mode="json") for chunk in manifest.chunks]
-    swiglu = next(chunk for chunk in chunks if "linear_fc1" in chunk["key"])
-    chunks[chunks.index(swiglu)] = swiglu | {"shape": [swiglu["shape"][0] - 1, *swiglu["shape"][1:]]}
+    gate, up = [chunk for chunk in chunks if chunk["key"] == "weight/decoder.layers.0.mlp.linear_fc1.weight"]
+    match fault:
+        case "hole":
+            up["shape"] = [up["shape"][0] - 1, *up["shape"][1:]]
+        case "overlap":
+            up["start"] = gate["start"]
+        case "no moment":
+            chunks = [chunk for chunk in chunks if chunk["key"] != "exp_avg/output.weight"]
     (staging / "rank-00000.json").write_text(json.dumps(chunks))
-    with pytest.raises(CheckpointError, match="numbers"):
+    with pytest.raises(CheckpointError, match="there is only" if fault == "no moment" else "do not tile"):
         commit(staging, tmp_path / "target", manifest.state, ranks=1)
+    assert not (tmp_path / "target").exists()
+
+
+def test_any_changed_byte_of_the_manifest_is_found_or_harmless(runs, tmp_path):
+    folder = copied(runs[3], tmp_path / "copy")
+    path = folder / MANIFEST
+    good, before = path.read_bytes(), Reader(folder).manifest
+    for place in range(0, len(good), 97):
+        path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+        try:
+            assert Reader(folder).manifest == before
+        except CheckpointError:
+            continue
 
 
 def test_another_model_is_refused(runs, tables, tmp_path):

@@ -12,7 +12,7 @@ from armillary.training.checkpoint.manifest import Chunk, Manifest, read_manifes
 
 
 class Reader:
-    """Tensors of a committed checkpoint, by key and region; every chunk's checksum is verified when first read."""
+    """Tensors of a committed checkpoint, by key and region; a chunk's checksum is verified each time it is read."""
 
     def __init__(self, folder: Path):
         self.folder = folder

@@ -8,10 +8,11 @@ from pydantic import ValidationError
 
 from armillary.data_pipeline.cursor import Cursor
 from armillary.errors import CheckpointError
-from armillary.table import Table
+from armillary.table import SealedTable, Table
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, saved with every weight
 
 
 class Chunk(Table):
@@ -44,7 +45,7 @@ class State(Table):
     saved_at: float
 
 
-class Manifest(Table):
+class Manifest(SealedTable):
     """Chunks of dtype float32, which together tile every tensor, and the state."""
 
     format: int
@@ -90,6 +91,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(
             f"the checkpoint is of format {manifest.format}, this version reads {FORMAT}", path, other
         )
+    if not manifest.intact:
+        raise CheckpointError("the manifest is damaged: its checksum does not fit", path, other)
     for chunk in manifest.chunks:
         if Path(chunk.file).name != chunk.file:
             raise CheckpointError(f"the manifest names a file outside its folder: {chunk.file}", path, other)

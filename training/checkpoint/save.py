@@ -1,5 +1,6 @@
 """Saving: every rank writes its chunks into a staging folder, then one process commits them with a rename."""
 
+import itertools
 import math
 import os
 import shutil
@@ -16,6 +17,7 @@ from armillary.model.coordinates import Placement
 from armillary.training.checkpoint.manifest import (
     FORMAT,
     MANIFEST,
+    MOMENTS,
     Chunk,
     Manifest,
     State,
@@ -79,7 +81,7 @@ def commit(staging: Path, target: Path, state: State, ranks: int) -> None:
         except (OSError, ValueError) as error:
             raise CheckpointError(f"rank {rank} did not write its part: {error}", staging, "see its log") from None
     _check_whole(chunks, staging)
-    manifest = Manifest(format=FORMAT, dtype="float32", state=state, chunks=tuple(chunks))
+    manifest = Manifest(format=FORMAT, dtype="float32", state=state, chunks=tuple(chunks)).sealed()
     write_json(staging / MANIFEST, manifest.model_dump_json())
     for rank in range(ranks):
         (staging / fragment_name(rank)).unlink()
@@ -97,11 +99,24 @@ def discard(staging: Path) -> None:
 
 
 def _check_whole(chunks: list[Chunk], staging: Path) -> None:
-    """Every tensor's chunks must add up to its size: a rank's missing part is noticed here, not on resume."""
-    sizes: dict[str, int] = {}
-    shapes = {chunk.key: chunk.global_shape for chunk in chunks}
+    """Every tensor's chunks must tile it, and each weight have its moments: a missing part is noticed here."""
+    by_key: dict[str, list[Chunk]] = {}
     for chunk in chunks:
-        sizes[chunk.key] = sizes.get(chunk.key, 0) + math.prod(chunk.shape)
-    for key, shape in shapes.items():
-        if sizes[key] != math.prod(shape):
-            raise CheckpointError(f"{key} has {sizes[key]} of {math.prod(shape)} numbers", staging, "save again")
+        by_key.setdefault(chunk.key, []).append(chunk)
+    for key, parts in by_key.items():
+        size, held = math.prod(parts[0].global_shape), sum(math.prod(part.shape) for part in parts)
+        if held != size or any(_overlap(a, b) for a, b in itertools.combinations(parts, 2)):
+            raise CheckpointError(
+                f"the chunks of {key} do not tile it: {held} of {size} numbers", staging, "save again"
+            )
+    names: dict[str, set[str]] = {}
+    for key in by_key:
+        part, _, name = key.partition("/")
+        names.setdefault(name, set()).add(part)
+    for name, parts_of_name in names.items():
+        if parts_of_name != {"weight", *MOMENTS}:
+            raise CheckpointError(f"of {name} there is only {', '.join(sorted(parts_of_name))}", staging, "save again")
+
+
+def _overlap(a: Chunk, b: Chunk) -> bool:
+    return all(max(p, q) < min(p + n, q + m) for p, n, q, m in zip(a.start, a.shape, b.start, b.shape, strict=True))
