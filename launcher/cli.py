@@ -105,11 +105,17 @@ def build(
 ) -> None:
     """Tokenize and encode the job's sources into Arrow shards."""
     from armillary.data_pipeline.build import build as build_shards
+    from armillary.data_pipeline.build import ensure_built
+    from armillary.data_pipeline.shards import MANIFEST
     from armillary.launcher.job import load_job
     from armillary.launcher.train import say_built
 
     job, console = load_job(job_file, overrides).with_absolute_paths(), _console()
-    manifest = build_shards(job.data, lambda source, count: say_built(console, source, count), force)
+    if not force and (Path(job.data.path) / MANIFEST).exists():
+        console.print("the shards are there already", highlight=False)
+        manifest = ensure_built(job.data)
+    else:
+        manifest = build_shards(job.data, lambda source, count: say_built(console, source, count), force)
     totals = {
         source: {key: sum(getattr(s, key) for s in shards) for key in ("documents", "tokens", "images", "bytes")}
         for source, shards in manifest.sources.items()

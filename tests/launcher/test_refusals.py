@@ -23,7 +23,10 @@ def test_paths_in_a_job_are_those_of_the_folder_it_was_started_in(armillary, tmp
     own_source(tmp_path / "source")
     job = tmp_path / "job.toml"
     job.write_text('[data]\npath = "shards"\nsources = [{kind = "easy_vqa", path = "source"}]\n')
-    assert armillary("data", "build", job).returncode == 0
+    first = armillary("data", "build", job, "--json")
+    assert first.returncode == 0
+    assert armillary("data", "build", job, "--json").stdout == first.stdout, "built once, reported twice"
+    refused(armillary("data", "build", job, "data.vocab_size=300"), "data.vocab_size", "--force")
     done = armillary("train", job, "parallel.tensor=7", "model.depth=1")  # would build, or refuse the shards
     refused(done, "tensor=7")
     done = armillary("train", job, "--run-dir", "run", "metrics.port=1", "metrics.host=192.0.2.77", *TINY)
