@@ -106,17 +106,8 @@ def drive(run: Run, job: Job, until: int, resume: Path | None, view: View) -> Ou
     return outcome
 
 
-def _launch(
-    ranks: _Ranks,
-    job: Job,
-    gpus: bool,
-    run: Run,
-    number: int,
-    folder: Path,
-    until: int,
-    resume: Path | None,
-    stop: _Stop,
-) -> None:
+def _place(ranks: _Ranks, job: Job, gpus: bool, folder: Path, stop: _Stop) -> list[Bundle]:
+    """Start one actor per rank in a placement group, its bundles one a node; which ranks each bundle takes."""
     import ray
     from ray.util.placement_group import placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -154,6 +145,25 @@ def _launch(
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
         )
         ranks.workers.append(actor.remote(rank, folder / "logs" / f"rank-{rank:05d}.log"))
+    return bundles
+
+
+def _launch(
+    ranks: _Ranks,
+    job: Job,
+    gpus: bool,
+    run: Run,
+    number: int,
+    folder: Path,
+    until: int,
+    resume: Path | None,
+    stop: _Stop,
+) -> None:
+    """Place the ranks, and give each its assignment."""
+    import ray
+
+    world = job.parallel.world_size
+    bundles = _place(ranks, job, gpus, folder, stop)
     try:
         places = _get([worker.where.remote() for worker in ranks.workers], job.cluster.start_timeout, stop)
         run.event("placed", ranks=places)
