@@ -68,10 +68,6 @@ class Engine:
 
     def __init__(self, model: MultimodalModel, config: OptimizerConfig, bf16: bool):
         deepspeed = _deepspeed()
-        for parameter, place in placements(model):
-            # DeepSpeed counts a gradient in the global norm where this mark is set, or on rank 0 of the
-            # model-parallel group: without it, the norms of later pipeline stages would be left out.
-            parameter.model_parallel = not place.replicated or parallel_state.get_tensor_model_parallel_rank() == 0
         self._model = model
         matrices = [p for p in model.parameters() if p.ndim > 1]
         vectors = [p for p in model.parameters() if p.ndim == 1]
