@@ -48,6 +48,7 @@ class Sequence:
     loss_mask: np.ndarray  # float32 [n]
     images: list[bytes]
     image_starts: np.ndarray  # int64 [images]
+    source: int = 0  # number of its source in `data.sources`
     variation: int | None = None  # names the random variation of its images; None: as they are
 
     def part(self, start: int, stop: int) -> "Sequence":
@@ -70,6 +71,7 @@ class PackedBatch:
     labels_T: np.ndarray  # int64: the next token of the same document
     loss_mask_T: np.ndarray  # float32: 1 where the label is learned
     segment_ids_T: np.ndarray  # int32: 0, 1, ... within the batch; -1 for padding
+    source_ids_T: np.ndarray  # int32: number of the document's source in `data.sources`; -1 for padding
     positions_T: np.ndarray  # int64: from 0 in each piece
     cu_seqlens: np.ndarray  # int32 [pieces + 1]
     patches_IND: np.ndarray  # float32: images x patches x patch_dim, (pixel - mean) / std
@@ -121,14 +123,14 @@ def assemble(rows: list[list[Sequence]], seq_length: int, shape: ImageShape, wit
     total = len(rows) * seq_length
     tokens, labels = np.zeros(total, np.int64), np.zeros(total, np.int64)
     loss_mask, positions = np.zeros(total, np.float32), np.zeros(total, np.int64)
-    segments = np.full(total, -1, np.int32)
+    segments, sources = np.full(total, -1, np.int32), np.full(total, -1, np.int32)
     bounds, images, starts = [0], [], []
     for number, row in enumerate(rows):
         at, row_end = number * seq_length, (number + 1) * seq_length
         for sequence in row:
             place = slice(at, at + len(sequence.tokens))
             tokens[place], labels[place] = sequence.tokens, sequence.labels
-            loss_mask[place] = sequence.loss_mask
+            loss_mask[place], sources[place] = sequence.loss_mask, sequence.source
             segments[place], positions[place] = len(bounds) - 1, np.arange(place.stop - at)
             images += [(image, _one_of(sequence.variation, i)) for i, image in enumerate(sequence.images)]
             starts += [at + start for start in sequence.image_starts]
@@ -145,6 +147,7 @@ def assemble(rows: list[list[Sequence]], seq_length: int, shape: ImageShape, wit
         labels_T=labels,
         loss_mask_T=loss_mask,
         segment_ids_T=segments,
+        source_ids_T=sources,
         positions_T=positions,
         cu_seqlens=np.asarray(bounds, np.int32),
         patches_IND=patches,

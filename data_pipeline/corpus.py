@@ -39,6 +39,7 @@ class Corpus:
             )
 
     def sequence(self, document: int) -> Sequence:
+        """Document number `document` of the source, from 0, laid out on positions."""
         number = int(np.searchsorted(self._ends, document, side="right"))
         shard = self._shards[number]
         row = document - (int(self._ends[number - 1]) if number else 0)

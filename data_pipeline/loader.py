@@ -99,10 +99,8 @@ class Loader:
 
     def _sequence(self, sample: int) -> Sequence:
         source, document = self._locate(sample)
-        sequence = self._corpora[source].sequence(document)
-        if self._augment[source]:
-            return replace(sequence, variation=int(key_of(self._seed, 2, sample)))
-        return sequence
+        variation = int(key_of(self._seed, 2, sample)) if self._augment[source] else None
+        return replace(self._corpora[source].sequence(document), source=source, variation=variation)
 
     def _learned(self, piece: Piece) -> int:
         source, document = self._locate(piece.sample)

@@ -40,7 +40,7 @@ class Tokenizer:
 
     @classmethod
     def from_json(cls, text: str) -> "Tokenizer":
-        """The tokenizer that `to_json` wrote."""
+        """The tokenizer that `to_json` wrote; DataError where the text is none."""
         try:
             tokenizer = cls(BPE.from_str(text))
         except Exception as error:  # tokenizers raises bare Exception for every malformed input
@@ -50,6 +50,7 @@ class Tokenizer:
         return tokenizer
 
     def to_json(self) -> str:
+        """The whole tokenizer as text, for `from_json`."""
         return self._bpe.to_str()
 
     def encode(self, text: str) -> list[int]:
@@ -60,6 +61,7 @@ class Tokenizer:
         return [token for piece in pieces for token in self._bpe.encode(piece, add_special_tokens=False).ids]
 
     def decode(self, tokens: Iterable[int]) -> str:
+        """The text of `tokens`, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
         return self._bpe.decode(list(tokens), skip_special_tokens=True)
 
     def encode_document(self, document: Document) -> tuple[np.ndarray, np.ndarray, list[bytes]]:

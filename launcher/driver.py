@@ -17,8 +17,8 @@ from armillary.launcher.job import Job
 from armillary.launcher.placement import Bundle, Failure, blame, place
 from armillary.launcher.progress import View
 from armillary.launcher.run import Run
+from armillary.training.checkpoint.commit import discard
 from armillary.training.checkpoint.manifest import State, read_manifest
-from armillary.training.checkpoint.save import discard
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 3.0  # for the peers of a failed rank to tell what they saw

@@ -1,13 +1,13 @@
 """A run's loss curve as a picture."""
 
-import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from armillary.launcher.run import Run
 
 
 def plot_loss(run: Run) -> Path:
-    """Write RUN/loss.png: loss by step on a log scale, with the layout of each launch marked."""
+    """Write RUN/loss.png: loss by step on a log scale, of all tokens and by source, each launch's layout marked."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -16,11 +16,12 @@ def plot_loss(run: Run) -> Path:
     curve = run.curve()
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     steps, losses = [event["step"] for event in curve], [event["loss"] for event in curve]
-    axes.plot(steps, losses, linewidth=0.6, alpha=0.4, color="tab:blue", label="each step")
-    # Steps with a stretch of plain text among the questions lie far above those without: the mean of logarithms
-    # shows both kinds falling, where a plain mean would show the text alone.
-    middle = [math.exp(value) for value in smooth([math.log(max(loss, 1e-12)) for loss in losses], 50)]
-    axes.plot(steps, middle, color="tab:blue", label="geometric mean of 50 steps")
+    axes.plot(steps, losses, linewidth=0.6, alpha=0.4, color="C0", label="each step")
+    sources = sorted({source for event in curve for source in event["source_loss"]})
+    for number, source in enumerate(sources):
+        points = [(event["step"], event["source_loss"][source]) for event in curve if source in event["source_loss"]]
+        of_steps, values = zip(*points, strict=True)
+        axes.plot(of_steps, smooth(values, 50), color=f"C{number + 1}", label=f"{source}, mean of 50 steps with it")
     done = 0
     for event in run.events():
         if event["event"] == "launch":
@@ -39,7 +40,7 @@ def plot_loss(run: Run) -> Path:
     return path
 
 
-def smooth(values: list[float], window: int) -> list[float]:
+def smooth(values: Sequence[float], window: int) -> list[float]:
     """The mean of each value and up to `window` - 1 before it."""
     means = []
     for end in range(1, len(values) + 1):

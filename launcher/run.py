@@ -25,8 +25,8 @@ from armillary.data_pipeline.shards import Manifest
 from armillary.data_pipeline.tokenizer import Tokenizer
 from armillary.errors import CheckpointError, JobError
 from armillary.launcher.job import Job, apply_overrides, read_toml, resolve
+from armillary.training.checkpoint.commit import commit, discard
 from armillary.training.checkpoint.manifest import MANIFEST, State, sync_folder, write_json
-from armillary.training.checkpoint.save import commit
 
 DATA_MANIFEST = "data_manifest.json"
 
@@ -138,7 +138,9 @@ class Run:
         return curve
 
     def new_generation(self) -> tuple[int, Path]:
-        """The number and folder of the next launch of ranks."""
+        """The number and folder of the next launch of ranks. What earlier ones left half-saved is removed."""
+        for staging in (self.path / "generations").glob("*/checkpoints"):
+            discard(staging)
         number = sum(1 for _ in (self.path / "generations").glob("[0-9]*"))
         folder = self.path / "generations" / f"{number:03d}"
         (folder / "logs").mkdir(parents=True)

@@ -21,8 +21,8 @@ from armillary.launcher.job import Job, load_job
 from armillary.launcher.progress import View
 from armillary.launcher.run import Run
 from armillary.launcher.train import check_readable, resumable_job
+from armillary.training.checkpoint.commit import discard
 from armillary.training.checkpoint.manifest import State, read_manifest
-from armillary.training.checkpoint.save import discard
 
 
 class LocalObserver:

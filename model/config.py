@@ -14,7 +14,9 @@ class ModelConfig(Table):
     hidden_size: int = Field(0, ge=0, description="decoder width; 0: 64 x depth")
     num_heads: int = Field(0, ge=0, description="query heads; 0: hidden_size / 64")
     num_query_groups: int = Field(
-        0, ge=0, description="key-value heads (grouped-query attention); 0: num_heads / 2, at least 1"
+        0,
+        ge=0,
+        description="key-value heads (grouped-query attention); 0: num_heads / 2, or num_heads where that is odd",
     )
     ffn_hidden_size: int = Field(0, ge=0, description="SwiGLU width; 0: 8/3 x hidden_size, rounded up to 32")
     vocab_size: int = Field(0, ge=0, description="rows of the embedding; 0: data.vocab_size rounded up to 64")

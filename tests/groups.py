@@ -26,7 +26,7 @@ def checkpoint_of(trainer, staging: Path, target: Path) -> None:
     """Save a trainer's state as a committed checkpoint. Collective."""
     import torch.distributed as dist
 
-    from armillary.training.checkpoint.save import commit
+    from armillary.training.checkpoint.commit import commit
 
     folder, state = trainer.save()
     if trainer.rank.rank == 0:

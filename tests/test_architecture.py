@@ -43,6 +43,14 @@ def test_every_folder_is_mapped_and_nothing_else_is_installed():
     assert armillary.__version__
 
 
+def test_what_is_refused_is_refused_without_waiting_for_heavy_imports():
+    """Seconds of importing PyTorch or Ray stand between nobody and the message about a misspelt key."""
+    heavy = {"torch", "megatron", "deepspeed", "ray", "matplotlib"}
+    program = f"import sys, armillary.launcher.train; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_files_stay_short():
     long = {str(p.relative_to(ROOT)): n for p in tracked("*.py") if (n := len(p.read_text().splitlines())) > 400}
     assert not long

@@ -52,7 +52,8 @@ class Observer(Protocol):
         """Whether to end after the step in hand; one rank's yes ends all."""
 
     def step_done(self, record: dict) -> None:
-        """A step's figures: step, time, loss, grad_norm, learning_rate, tokens, seconds and their parts."""
+        """A step's figures: step, time, loss, source_loss (of the sources it has tokens of), grad_norm,
+        learning_rate, tokens, seconds and their parts."""
 
     def saved(self, staging: Path, state: State) -> None:
         """All ranks wrote a checkpoint into `staging`; commit it."""
@@ -87,12 +88,14 @@ class Trainer:
         step = next(self.data)
         waited = time.perf_counter() - started
         rate = self.job.optimizer.rate(self.step, self.job.training.steps)
-        result = train_step(self.model, self.engine, step, rate, self.rank.device, stop)
+        kinds = [source.kind for source in self.job.data.sources]
+        result = train_step(self.model, self.engine, step, len(kinds), rate, self.rank.device, stop)
         self.step, self.cursor, self.loss = self.step + 1, step.after, result.loss
         self.tokens += self.job.tokens_per_step
         record = {
             "step": self.step,
             "loss": result.loss,
+            "source_loss": {k: x for k, x in zip(kinds, result.source_losses, strict=True) if x is not None},
             "grad_norm": result.grad_norm,
             "learning_rate": rate,
             "tokens": self.tokens,
@@ -215,6 +218,8 @@ def _count(metrics: Metrics, record: dict, tokens: float) -> None:
     metrics.steps.inc()
     metrics.tokens.inc(tokens)
     metrics.loss.set(record["loss"])
+    for source, loss in record["source_loss"].items():
+        metrics.source_loss(source, loss)
     metrics.grad_norm.set(record["grad_norm"])
     metrics.learning_rate.set(record["learning_rate"])
     metrics.data_wait_seconds.inc(record["data_wait_seconds"])

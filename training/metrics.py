@@ -46,6 +46,8 @@ class Metrics:
         self.checkpoint_interval = self._gauge("checkpoint_interval_seconds", "expected seconds between checkpoints")
         self._phases = Gauge("armillary_train_phase", "1 for the phase that this rank is in",
                              ("run", "rank", "phase"), registry=self.registry)  # fmt: skip
+        self._source_losses = Gauge("armillary_train_source_loss", "loss over one source's tokens, in its last step",
+                                    ("run", "rank", "source"), registry=self.registry)  # fmt: skip
         self.checkpoint_time.set(time.time())  # the age of a run's first checkpoint counts from its start
         self.checkpoint_interval.set(math.nan)  # until a step tells how long they take: no alert compares with it
         self.phase("start")
@@ -54,6 +56,9 @@ class Metrics:
         assert name in PHASES
         for phase in PHASES:
             self._phases.labels(self.run, str(self.rank), phase).set(phase == name)
+
+    def source_loss(self, source: str, loss: float) -> None:
+        self._source_losses.labels(self.run, str(self.rank), source).set(loss)
 
     def serve(self, config: MetricsConfig) -> str:
         """Answer on config.host; returns "host:port". ClusterError where the port is taken."""

@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -18,10 +19,12 @@ from armillary.training.engine import Engine
 class StepResult:
     """loss: mean cross entropy of the global batch's learned tokens (nats); grad_norm: global, before clipping.
 
+    source_losses: the same over each source's tokens alone, None where the batch has none of it.
     stop: some rank asked to end after this step. Seconds are this rank's own.
     """
 
     loss: float
+    source_losses: list[float | None]
     grad_norm: float
     stop: bool
     compute_seconds: float
@@ -41,9 +44,18 @@ def to_inputs(batch: PackedBatch, device: torch.device, dtype: torch.dtype) -> I
 
 
 def train_step(
-    model: MultimodalModel, engine: Engine, step: Step, learning_rate: float, device: torch.device, stop: bool
+    model: MultimodalModel,
+    engine: Engine,
+    step: Step,
+    sources: int,
+    learning_rate: float,
+    device: torch.device,
+    stop: bool,
 ) -> StepResult:
-    """Forward and backward of this rank's micro-batches, then reduce, clip and update. Collective over all ranks."""
+    """Forward and backward of this rank's micro-batches, then reduce, clip and update. Collective over all ranks.
+
+    sources: how many sources the batch's tokens may be of.
+    """
     started = time.perf_counter()
     # ZeRO averages over data-parallel ranks; the mean we want is over the global batch's learned tokens.
     scale = parallel_state.get_data_parallel_world_size() / step.learned_tokens
@@ -53,15 +65,16 @@ def train_step(
         batch = next(batches)
         labels_T = torch.from_numpy(batch.labels_T).to(device)
         mask_T = torch.from_numpy(batch.loss_mask_T).to(device)
+        of_source_TS = torch.from_numpy(batch.source_ids_T[:, None] == np.arange(sources)).to(device)
 
         def loss(logits):
-            total = (token_losses(logits, labels_T) * mask_T).sum()
-            # The schedule may change the loss in place: what is logged is a copy.
-            return total * scale, mask_T.sum().int(), total.detach().clone()
+            losses_T = token_losses(logits, labels_T) * mask_T
+            sums_2S = torch.stack([losses_T.detach(), mask_T]).double() @ of_source_TS.double()
+            return losses_T.sum() * scale, mask_T.sum().int(), sums_2S
 
         return model(to_inputs(batch, device, dtype)), loss
 
-    losses = get_forward_backward_func()(
+    sums = get_forward_backward_func()(
         forward_step_func=forward,
         data_iterator=iter(step.micro_batches),
         model=model,
@@ -73,9 +86,18 @@ def train_step(
     computed = time.perf_counter()
     grad_norm = engine.step(learning_rate)
     counts = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
-    agreed = torch.tensor([float(sum(losses)) if counts else 0.0, float(stop)], dtype=torch.float64, device=device)
+    agreed = torch.zeros(2 * sources + 1, dtype=torch.float64, device=device)
+    if counts:
+        agreed[:-1] = sum(sums).flatten()
+    agreed[-1] = stop
     dist.all_reduce(agreed)
-    loss, stops = agreed.tolist()
+    *figures, stops = agreed.tolist()
+    losses, learned = figures[:sources], figures[sources:]
     return StepResult(
-        loss / step.learned_tokens, grad_norm, stops > 0, computed - started, time.perf_counter() - computed
+        sum(losses) / step.learned_tokens,
+        [loss / tokens if tokens else None for loss, tokens in zip(losses, learned, strict=True)],
+        grad_norm,
+        stops > 0,
+        computed - started,
+        time.perf_counter() - computed,
     )

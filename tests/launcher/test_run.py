@@ -93,3 +93,12 @@ def test_generations_count_up(run):
     numbers = [run.new_generation() for _ in range(3)]
     assert [number for number, _ in numbers] == [0, 1, 2]
     assert [folder.name for _, folder in numbers] == ["000", "001", "002"]
+
+
+def test_what_a_killed_launch_left_half_saved_is_gone_with_the_next(run):
+    _, first = run.new_generation()
+    (first / "checkpoints" / "step-00000001").mkdir()
+    _, second = run.new_generation()
+    assert not (first / "checkpoints").exists()
+    assert (first / "logs").exists()
+    assert list((second / "checkpoints").iterdir()) == []

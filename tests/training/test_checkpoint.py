@@ -11,9 +11,9 @@ import torch
 from armillary.errors import CheckpointError
 from armillary.launcher.job import resolve
 from armillary.model.coordinates import split_axis
+from armillary.training.checkpoint.commit import commit
 from armillary.training.checkpoint.load import Reader
 from armillary.training.checkpoint.manifest import MANIFEST
-from armillary.training.checkpoint.save import commit
 from armillary.training.layout import Layout
 from armillary.training.loop import Assignment, Trainer
 from armillary.training.process_group import Rank, join

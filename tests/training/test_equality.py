@@ -1,6 +1,7 @@
 """Every layout computes what a plain PyTorch model computes in one process: loss, gradient norm, weights."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,7 +93,9 @@ def reference(tables):
     loader, cursor, records = Loader(job.data, job.image_shape), Cursor(), []
     for step in range(STEPS):
         plan = loader.plan(cursor, job.training.global_batch)
-        loss = model.loss(loader.batch(plan.rows), plan.learned_tokens)
+        batch = loader.batch(plan.rows)
+        by_source = source_losses(model, batch, [source.kind for source in job.data.sources])
+        loss = model.loss(batch, plan.learned_tokens)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(weights, job.optimizer.clip_grad)
@@ -100,8 +103,19 @@ def reference(tables):
             group["lr"] = job.optimizer.rate(step, job.training.steps)
         optimizer.step()
         cursor = plan.after
-        records.append((loss.item(), norm.item()))
+        records.append((loss.item(), norm.item(), by_source))
     return records, model.state(), cursor
+
+
+@torch.no_grad()
+def source_losses(model, batch, kinds):
+    """The mean loss over each source's learned tokens alone, of the sources that the batch has tokens of."""
+    masks = {kind: batch.loss_mask_T * (batch.source_ids_T == number) for number, kind in enumerate(kinds)}
+    return {
+        kind: model.loss(replace(batch, loss_mask_T=mask), mask.sum()).item()
+        for kind, mask in masks.items()
+        if mask.any()
+    }
 
 
 def named(case):
@@ -114,9 +128,10 @@ def test_layout_equals_the_plain_model(case, trained, reference):
     folder = trained / "{}-{}".format(*case)
     expected, weights, cursor = reference
     records = json.loads((folder / "records.json").read_text())
-    for record, (loss, norm) in zip(records, expected, strict=True):
+    for record, (loss, norm, by_source) in zip(records, expected, strict=True):
         assert norm > 0.5, "clipping must be at work"
         assert record["loss"] == pytest.approx(loss, rel=TOLERANCE)
+        assert record["source_loss"] == pytest.approx(by_source, rel=TOLERANCE)
         assert record["grad_norm"] == pytest.approx(norm, rel=TOLERANCE)
     reader = Reader(folder / "checkpoint")
     assert reader.manifest.state.cursor == cursor

@@ -40,11 +40,15 @@ def test_serves_every_name_with_run_and_rank():
         assert address.startswith("127.0.0.1:")
         metrics.steps.inc()
         metrics.phase("train")
+        metrics.source_loss("pydoc", 1.5)
         found = scrape(address)
         assert set(found) >= NAMES
         assert all(s.labels["run"] == "the-run" and s.labels["rank"] == "3" for name in NAMES for s in found[name])
         assert found["armillary_train_steps_total"][0].value == 1
         phases = {s.labels["phase"]: s.value for s in found["armillary_train_phase"]}
+        (source_loss,) = found["armillary_train_source_loss"]
+        assert source_loss.labels == {"run": "the-run", "rank": "3", "source": "pydoc"}
+        assert source_loss.value == 1.5
         assert phases == {"start": 0, "train": 1, "checkpoint": 0, "end": 0}
     finally:
         metrics.close()

@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from armillary.data_pipeline.cursor import Cursor
 from armillary.errors import CheckpointError
@@ -29,6 +29,9 @@ class Chunk(Table):
     offset: int
     bytes: int
     xxh3: str
+
+
+CHUNKS = TypeAdapter(tuple[Chunk, ...])  # what a fragment holds, as JSON
 
 
 class State(Table):
