@@ -8,8 +8,8 @@ READY := $(VENV)/.ready
 
 help:
 	@echo "make demo      train a small image+text model, stop, resume on another layout, evaluate (ARGS=--json)"
-	@echo "make test      the linter and every test, about ten minutes on two cores"
-	@echo "make long      the longer easy-vqa run, about an hour on two cores"
+	@echo "make test      the linter and every test, six to ten minutes on two cores"
+	@echo "make long      the longer easy-vqa run, about 40 minutes on two cores"
 	@echo "make lint      ruff"
 	@echo "make clean     remove the virtual environment and what builds and tests left"
 

@@ -9,7 +9,9 @@ from pydantic import BaseModel, ConfigDict
 class Table(BaseModel):
     """One table of the job file. The class lives with its component; field descriptions are its manual."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
 
 class SealedTable(Table):

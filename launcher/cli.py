@@ -112,8 +112,8 @@ def build(
 
     job, console = load_job(job_file, overrides).with_absolute_paths(), _console()
     if not force and (Path(job.data.path) / MANIFEST).exists():
-        console.print("the shards are there already", highlight=False)
         manifest = ensure_built(job.data)
+        console.print("the shards are there already", highlight=False)
     else:
         manifest = build_shards(job.data, lambda source, count: say_built(console, source, count), force)
     totals = {
@@ -135,7 +135,7 @@ def generate(
     image: Annotated[Path | None, typer.Option(help="an image file")] = None,
     max_tokens: Annotated[int, typer.Option(help="tokens to write at most", min=1)] = 64,
     temperature: Annotated[float, typer.Option(help="0: the likeliest token each time; above: sampled", min=0.0)] = 0.0,
-    seed: Annotated[int, typer.Option(help="seed of the sampling")] = 0,
+    seed: Annotated[int, typer.Option(help="seed of the sampling", min=0, max=2**63 - 1)] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Let a run's latest checkpoint answer a question about an image, or go on with a text."""
@@ -144,6 +144,9 @@ def generate(
     from armillary.data_pipeline.sources import read_image
 
     data = read_image(image) if image is not None else None
+    from armillary.launcher.run import Run
+
+    Run.open(run).latest()  # a run that is not there is refused before PyTorch is imported
     from armillary.launcher.answer import Answerer
 
     answer = Answerer(run).answer(prompt, data, max_tokens, temperature, seed)
@@ -162,14 +165,16 @@ def run_eval(
         raise JobError(f"there is no suite {suite}", "command line", "the suites are: easy-vqa")
     from rich.progress import Progress
 
-    from armillary.evals.vqa import evaluate
     from armillary.launcher.run import Run
 
     run = Run.open(model)
+    checkpoint, tokenizer = run.latest(), run.tokenizer()  # refused, if at all, before PyTorch is imported
+    from armillary.evals.vqa import evaluate
+
     with Progress(console=_console(), transient=True) as progress:
         task = progress.add_task("questions", total=None)
         score = evaluate(
-            run.latest(), run.tokenizer(), limit, lambda done, total: progress.update(task, completed=done, total=total)
+            checkpoint, tokenizer, limit, lambda done, total: progress.update(task, completed=done, total=total)
         )
     if as_json:
         print(json.dumps({"suite": suite, "accuracy": score.accuracy, "blind_accuracy": score.blind,

@@ -86,7 +86,6 @@ def drive(run: Run, job: Job, until: int, resume: Path | None, view: View) -> Ou
                 ranks = _Ranks()
                 try:
                     _launch(ranks, job, gpus, run, number, folder, until, resume, stop)
-                    run.write_job(job)  # only now is it known that the layout fits the machines
                     view.say(f"{job.parallel.world_size} ranks started, logs in {folder / 'logs'}")
                     outcome = _watch(ranks, job, run, view, stop, until, folder)
                 finally:
@@ -260,6 +259,7 @@ def _take(ranks: _Ranks, rank: int, message: dict, job: Job, run: Run, view: Vie
             host, _, port = message["address"].rpartition(":")
             ranks.addresses[rank] = f"{ranks.nodes[rank] if host in ('0.0.0.0', '::') else host}:{port}"
             if len(ranks.addresses) == len(ranks.workers):
+                run.write_job(job)  # only now is it known that the layout fits the machines, and the ports are free
                 run.write_targets([ranks.addresses[r] for r in range(len(ranks.workers))])
                 view.say(f"metrics of every rank: {run.targets_file}")
         case "step":

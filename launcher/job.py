@@ -53,6 +53,19 @@ class Job(TrainJob):
         return TrainJob.model_validate(self.model_dump(include=set(TrainJob.model_fields)))
 
 
+WANTED = {  # by pydantic's name for the problem
+    "int": "a whole number is needed",
+    "float": "a number is needed",
+    "finite_number": "a finite number is needed",
+    "int_from_float": "a whole number is needed",
+    "bool": "true or false is needed",
+    "string": "a string is needed",
+    "tuple": "a list is needed",
+    "model": "a table is needed",
+    "dict": "a table is needed",
+}
+
+
 def load_job(path: Path, overrides: list[str] = ()) -> Job:
     """Read a job file and apply `table.key=value` overrides; JobError names the file, key, reason and remedy."""
     return resolve(apply_overrides(read_toml(path), overrides), str(path))
@@ -86,7 +99,10 @@ def apply_overrides(job: dict, overrides: list[str] = ()) -> dict:
                 raise JobError(f"{name} in {key} is not a table", "command line", "see `armillary job explain`")
         try:
             table[names[-1]] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
+        except tomllib.TOMLDecodeError as error:
+            if text.lstrip().startswith(("[", "{", '"', "'")):
+                fix = "put the whole override in single quotes: the shell eats the inner ones"
+                raise JobError(f"the value of {key} is not valid TOML: {error}", "command line", fix) from None
             table[names[-1]] = text
     return job
 
@@ -142,6 +158,8 @@ def _table_in(annotation: Any) -> type[BaseModel] | None:
 def _type_name(annotation: Any) -> str:
     if get_origin(annotation) in (Union, UnionType):
         return " or ".join(map(_type_name, get_args(annotation)))
+    if get_origin(annotation) is dict:
+        return f"table of {_type_name(get_args(annotation)[1])}s"
     if isinstance(annotation, type):
         return {"str": "string", "int": "integer", "float": "number", "bool": "true/false"}[annotation.__name__]
     return " | ".join(json.dumps(choice) for choice in get_args(annotation))
@@ -151,18 +169,25 @@ def _refusal(error: ValidationError, where: str) -> JobError:
     """One message for everything that pydantic found wrong."""
     reasons, fixes = [], []
     for problem in error.errors():
-        path = [part for part in problem["loc"] if not isinstance(part, int)]
         key = ".".join(map(str, problem["loc"])) or "job"
         if problem["type"] == "extra_forbidden":
-            table = _table_at(path[:-1])
-            near = difflib.get_close_matches(str(path[-1]), list(table.model_fields), n=1, cutoff=0.0)
             reasons.append(f"{key}: there is no such key")
-            fixes.append(f"did you mean {'.'.join(map(str, [*path[:-1], near[0]]))}?")
+            fixes.append(_nearest([part for part in problem["loc"] if not isinstance(part, int)]))
         elif problem["type"] == "value_error":
             reasons.append(f"{key}: {problem['ctx']['error']}")
         else:
-            reasons.append(f"{key}: {problem['msg']}, not {problem['input']!r}")
-    return JobError("; ".join(reasons), where, " ".join([*fixes, "`armillary job explain` lists every key"]))
+            wanted = WANTED.get(problem["type"].removesuffix("_parsing").removesuffix("_type"))
+            reasons.append(f"{key}: {wanted or problem['msg']}, not {problem['input']!r}")
+    fixes.append("`armillary job explain` says what every key takes")
+    return JobError("; ".join(reasons), where, " ".join(filter(None, fixes)))
+
+
+def _nearest(path: list[str]) -> str:
+    """The key that was probably meant by one that is not there."""
+    same = [key for key, *_ in explain() if key.rpartition(".")[2] == path[-1]]
+    near = difflib.get_close_matches(path[-1], list(_table_at(path[:-1]).model_fields), n=1, cutoff=0.5)
+    meant = same or [".".join([*path[:-1], name]) for name in near]
+    return f"did you mean {' or '.join(meant)}?" if meant else ""
 
 
 def _table_at(path: list) -> type[BaseModel]:

@@ -20,7 +20,7 @@ from armillary.errors import ArmillaryError, JobError
 from armillary.launcher.job import Job, load_job
 from armillary.launcher.progress import View
 from armillary.launcher.run import Run
-from armillary.launcher.train import check_readable, resumable_job
+from armillary.launcher.train import check_readable, resumable_job, until_step
 from armillary.training.checkpoint.commit import discard
 from armillary.training.checkpoint.manifest import State, read_manifest
 
@@ -97,18 +97,40 @@ def train(job_file: Path, run_dir: Path, overrides: list[str]) -> None:
         resume, until = opened.latest() if resumed else None, job.training.steps
         if rank.rank == 0:
             done = read_manifest(resume).state.step if resume else 0
+            until_step(job, 0, done)
             opened.event("launch", generation=generation, layout=job.parallel.model_dump(), from_step=done, until=until)
         staging = opened.path / "generations" / f"{generation:03d}" / "checkpoints"
         console = Console(stderr=True, quiet=rank.rank > 0)
         view = stack.enter_context(View(opened.path.name, until, console))
+        if rank.rank == 0:
+            view.say(f"resuming from step {done}" if resume else f"a new run: {opened.path}")
         observer = LocalObserver(opened, view, rank.world_size)
+
+        def serving(address: str) -> None:
+            addresses = _gathered(address, rank)
+            if rank.rank == 0:
+                opened.write_targets(addresses)
+
         step = run(
             Assignment(opened.path.name, job.train_job(), job.hash(), rank, staging, resume, until, generation),
             observer,
+            serving,
         )
         if rank.rank == 0:
             opened.event("ended", generation=generation, step=step, interrupted=step < until)
     leave()
+
+
+def _gathered(address: str, rank) -> list[str]:
+    """Every rank's address, on all of them."""
+    import torch
+    import torch.distributed as dist
+
+    mine = torch.zeros(256, dtype=torch.uint8, device=rank.device)
+    mine[: len(address)] = torch.tensor(list(address.encode()), dtype=torch.uint8)
+    every = [torch.zeros_like(mine) for _ in range(rank.world_size)]
+    dist.all_gather(every, mine)
+    return [bytes(one.tolist()).rstrip(b"\0").decode() for one in every]
 
 
 def _open(run_dir: Path, job: Job) -> Run:

@@ -8,7 +8,9 @@ from rich.console import Console
 
 from armillary.data_pipeline.build import ensure_built
 from armillary.data_pipeline.loader import Loader
+from armillary.data_pipeline.shards import read_manifest as read_data_manifest
 from armillary.data_pipeline.sources import easy_vqa_questions
+from armillary.data_pipeline.verify import check_files
 from armillary.errors import ArmillaryError, DataError, JobError
 from armillary.launcher.driver import Outcome, drive
 from armillary.launcher.job import Job
@@ -67,27 +69,29 @@ class Summary:
 
 def start(job: Job, run_dir: Path | None, stop_at: int, console: Console) -> Summary:
     """Train a new run; a start that the user can put right leaves no directory behind."""
-    until, job = _until(job, stop_at, done=0), job.with_absolute_paths()
+    until, job = until_step(job, stop_at, done=0), job.with_absolute_paths()
     path = run_dir or Path("runs") / f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     Run.refuse_existing(path)
     manifest = ensure_built(job.data, lambda source, count: say_built(console, source, count))
     check_readable(job)
     run = Run.create(path, job, manifest)
-    try:
-        return _train(run, job, until, None, console)
-    except ArmillaryError as error:
-        if error.exit_code == 2 and not run.curve():
-            run.remove()
-        raise
+    with run.locked():
+        try:
+            return _train(run, job, until, None, console)
+        except ArmillaryError as error:
+            if error.exit_code == 2 and not run.curve():
+                run.remove()
+            raise
 
 
 def resume(path: Path, overrides: list[str], stop_at: int, console: Console) -> Summary:
     """Go on with a run from its latest checkpoint, on the layout that the overrides ask for."""
     run = Run.open(path)
-    job = resumable_job(run, run.job(overrides).with_absolute_paths())
-    checkpoint = run.latest()
-    until = _until(job, stop_at, read_manifest(checkpoint).state.step)
-    return _train(run, job, until, checkpoint, console)
+    with run.locked():
+        job = resumable_job(run, run.job(overrides).with_absolute_paths())
+        checkpoint = run.latest()
+        until = until_step(job, stop_at, read_manifest(checkpoint).state.step)
+        return _train(run, job, until, checkpoint, console)
 
 
 def resumable_job(run: Run, job: Job) -> Job:
@@ -108,8 +112,9 @@ def resumable_job(run: Run, job: Job) -> Job:
 
 
 def check_readable(job: Job) -> None:
-    """Refuse damaged shards, and held-out questions that cannot be scored, before any rank starts."""
+    """Refuse incomplete shards, and held-out questions that cannot be scored, before any rank starts."""
     Loader(job.data, job.image_shape)
+    check_files(Path(job.data.path), read_data_manifest(Path(job.data.path)))
     for source in job.data.sources if job.training.evaluate else ():
         if source.kind == "easy_vqa" and not easy_vqa_questions("test", source.path):
             raise DataError("there are no held-out questions", source.path, "add some, or set training.evaluate=false")
@@ -119,7 +124,7 @@ def say_built(console: Console, source: str, count: int) -> None:
     console.print(f"building shards: {source}, {count:,} documents", highlight=False)
 
 
-def _until(job: Job, stop_at: int, done: int) -> int:
+def until_step(job: Job, stop_at: int, done: int) -> int:
     """The step to stop after."""
     until = stop_at or job.training.steps
     if until > job.training.steps:
@@ -132,7 +137,7 @@ def _until(job: Job, stop_at: int, done: int) -> int:
 
 
 def _train(run: Run, job: Job, until: int, checkpoint: Path | None, console: Console) -> Summary:
-    with run.locked(), View(run.path.name, until, console) as view:
+    with View(run.path.name, until, console) as view:
         outcome = drive(run, job, until, checkpoint, view)
     summary = _summarise(run, job, outcome)
     if job.training.evaluate and outcome.step >= job.training.steps:

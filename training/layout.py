@@ -1,5 +1,6 @@
 """The `[parallel]` table: how ranks share the work, as pure arithmetic."""
 
+import math
 from typing import NamedTuple
 
 from pydantic import Field, model_validator
@@ -68,11 +69,12 @@ class Layout(Table):
             "model.vision_num_heads": model.vision_num_heads,
             "model.vision_ffn_hidden_size": model.vision_ffn_hidden_size,
         }
-        found = [
-            ("parallel.tensor", f"tensor={self.tensor} does not divide {key}={size}")
-            for key, size in tensor_sizes.items()
-            if size % self.tensor
-        ]
+        found = []
+        if undivided := [f"{key}={size}" for key, size in tensor_sizes.items() if size % self.tensor]:
+            fitting = math.gcd(*tensor_sizes.values())
+            sizes = ", ".join(str(n) for n in range(1, fitting + 1) if fitting % n == 0)
+            reason = f"tensor={self.tensor} does not divide {', '.join(undivided)}; {sizes} would"
+            found.append(("parallel.tensor", reason))
         if model.depth % self.pipeline:
             found.append(("parallel.pipeline", f"pipeline={self.pipeline} does not divide model.depth={model.depth}"))
         rows = self.data * self.micro_batch

@@ -46,14 +46,22 @@ def test_overrides_take_toml_values(job_file):
         ("data.sources=[{kind='easy_vqa', wieght=1}]", ["wieght", "weight"]),
         ("data.sources=[{kind='imagenet'}]", ["data.sources.0.kind", "easy_vqa"]),
         ("data.sources=[]", ["at least one source"]),
-        ("data.sources=[{kind='pydoc'},{kind='pydoc'}]", ["twice"]),
-        ("training.steps=many", ["training.steps", "integer"]),
+        ("data.sources=[{kind='pydoc'},{kind='pydoc'}]", ["same name"]),
+        ("data.sources=[{kind='pydoc', weight=0}]", ["weights from position 0", "not all 0"]),
+        ("data.sources=[{kind='pydoc', weight=inf}]", ["weight", "finite number"]),
+        ("data.schedule=[{from_positions=5, weights={pydocs=1}}]", ["pydocs"]),
+        ("data.sources=[{kind=pydoc}]", ["not valid TOML", "single quotes"]),
+        ("steps=5", ["did you mean training.steps?"]),
+        ("model=3", ["a table is needed"]),
+        ("training.steps=many", ["training.steps", "a whole number is needed"]),
+        ("training.steps=1.5", ["training.steps", "a whole number is needed"]),
+        ("optimizer.learning_rate=inf", ["optimizer.learning_rate", "a finite number is needed"]),
         ("training.steps=0", ["training.steps", "greater"]),
         ("training.precision=fp8", ["training.precision", "fp32"]),
         ("name='../outside'", ["name"]),
         ("model.vocab_size=300", ["vocab_size"]),
         ("model.num_heads=5", ["num_heads=5"]),
-        ("parallel.tensor=3", ["tensor=3", "model.num_heads"]),
+        ("parallel.tensor=3", ["tensor=3 does not divide", "model.num_heads", "1, 2 would"]),
         ("parallel.pipeline=4", ["pipeline=4", "model.depth"]),
         ("parallel.data=3", ["global_batch"]),
         ("parallel.world_size=3", ["global_batch"]),
@@ -96,14 +104,15 @@ def test_explain_covers_every_key_with_a_meaning():
 
     def keys(value, prefix=""):
         for key, inner in value.items():
-            if isinstance(inner, dict):
+            if isinstance(inner, dict) and prefix + key not in rows:
                 yield from keys(inner, f"{prefix}{key}.")
             elif isinstance(inner, list):
                 yield from keys(inner[0], f"{prefix}{key}[].")
             else:
                 yield prefix + key
 
-    assert set(rows) == set(keys(tomllib.loads(Job().to_toml())))
+    schedule = {"schedule": [{"from_positions": 1, "weights": {"easy_vqa": 2.0}}]}
+    assert set(rows) == set(keys(tomllib.loads(Job.model_validate({"data": schedule}).to_toml())))
     assert all(kind and default and meaning for kind, default, meaning in rows.values())
     assert rows["training.precision"][0] == '"fp32" | "bf16"'
     assert rows["data.sources[].kind"][1] == "(required)"

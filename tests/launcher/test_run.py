@@ -8,7 +8,9 @@ from armillary.launcher.job import resolve
 from armillary.launcher.run import Run
 from tests.data_pipeline.test_tokenizer import TOKENIZER
 
-DATA = Manifest(format=1, arrow_schema="", built_from={}, tokenizer=TOKENIZER.to_json(), sources={}).sealed()
+DATA = Manifest(
+    format=1, arrow_schema="", built_from={}, tokenizer=TOKENIZER.to_json(), tokenizer_xxh3="", sources={}
+).sealed()
 
 
 @pytest.fixture

@@ -250,7 +250,7 @@ def test_sigterm_saves_a_checkpoint_too_and_a_second_signal_ends_at_once(job_fil
     run = Run(tmp_path / "run")
     process = started(tmp_path, "train", job_file, "training.steps=100000", "--run-dir", "run")
     wait_for(lambda: run.curve(), process)
-    refused(armillary("resume", "run"), "no checkpoint yet")
+    refused(armillary("resume", "run"), "being trained already")
     process.terminate()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
@@ -273,13 +273,18 @@ def test_a_loss_that_is_not_finite_stops_the_run(job_file, armillary, tmp_path):
     assert "the loss is" in next(Run(tmp_path / "run").events("failed"))["error"]
 
 
-def test_a_port_in_use_is_refused_and_leaves_no_run(job_file, armillary, tmp_path):
+def test_a_port_in_use_is_refused_and_leaves_no_run_and_a_run_as_it_was(interrupted, job_file, armillary, tmp_path):
+    run = interrupted["run"]
+    before = (run.path / "job.toml").read_text()
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         done = armillary("train", job_file, f"metrics.port={port}", "--run-dir", "run")
-    refused(done, "metrics of rank 0", str(port), "metrics.port")
+        refused(done, "metrics of rank 0", str(port), "metrics.port")
+        done = armillary("resume", run.path, f"metrics.port={port}")
+        refused(done, "metrics of rank 0", str(port), "metrics.port")
+    assert (run.path / "job.toml").read_text() == before
     assert not (tmp_path / "run").exists()
 
 
@@ -308,6 +313,11 @@ def test_runs_the_same_under_torchrun(interrupted, job_file, tmp_path):
     # The run under Ray has more steps, which tell in the learning rate of step 4 and so in the loss of step 5.
     assert losses[:4] == pytest.approx([e["loss"] for e in interrupted["run"].curve()[:4]], rel=1e-5)
     assert run.latest().name == "step-00000005"
+    assert "resuming from step 3" in second.stderr
+    assert [target["labels"]["rank"] for target in json.loads(run.targets_file.read_text())] == ["0", "1"]
+    done = launch(job_file, "--run-dir", "run", "parallel.data=2", "training.steps=5")
+    assert done.returncode != 0
+    assert "step 5 is done already" in done.stderr
     changed = launch(job_file, "--run-dir", "run", "parallel.data=2", "training.steps=6", "data.seed=9")
     assert changed.returncode != 0
     assert "cannot be resumed with another data.seed" in changed.stderr
