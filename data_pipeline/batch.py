@@ -1,62 +1,16 @@
-"""A packed batch: what one micro-batch of one data-parallel rank looks like."""
+"""A packed batch: what one micro-batch of one data-parallel rank looks like, and how it is made of documents."""
 
-import io
-from dataclasses import dataclass, replace
+import bisect
+import collections
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 
+from armillary.data_pipeline.document import LEARNED
+from armillary.data_pipeline.images import ImageShape, patchify
+from armillary.data_pipeline.shards import Columns
 from armillary.data_pipeline.shuffle import key_of
-
-
-@dataclass(frozen=True)
-class ImageShape:
-    """Images are resized to `size` x `size` pixels and cut into square patches of `patch` pixels.
-
-    Squares of `merge` x `merge` patches share one position of the decoder. Pixels in [0, 1] are given to the
-    model as (pixel - mean) / std.
-    """
-
-    size: int
-    patch: int
-    merge: int = 1
-    mean: float = 0.5
-    std: float = 0.5
-
-    @property
-    def patches(self) -> int:
-        """Patches of one image."""
-        return (self.size // self.patch) ** 2
-
-    @property
-    def positions(self) -> int:
-        """Decoder positions of one image."""
-        return self.patches // self.merge**2
-
-    @property
-    def patch_dim(self) -> int:
-        """Numbers in one RGB patch."""
-        return 3 * self.patch**2
-
-
-@dataclass(frozen=True)
-class Sequence:
-    """A document laid out on positions: n tokens predict the n labels one place further on."""
-
-    tokens: np.ndarray  # int64 [n]
-    labels: np.ndarray  # int64 [n]
-    loss_mask: np.ndarray  # float32 [n]
-    images: list[bytes]
-    image_starts: np.ndarray  # int64 [images]
-    source: int = 0  # number of its source in `data.sources`
-    variation: int | None = None  # names the random variation of its images; None: as they are
-
-    def part(self, start: int, stop: int) -> "Sequence":
-        """Positions [start, stop) on their own; images stay with a part only where it is the whole."""
-        whole = stop - start == len(self.tokens)
-        assert whole or not self.images, "a document with images is never cut"
-        span = slice(start, stop)
-        return replace(self, tokens=self.tokens[span], labels=self.labels[span], loss_mask=self.loss_mask[span])
 
 
 @dataclass(frozen=True)
@@ -67,94 +21,183 @@ class PackedBatch:
     An image takes `ImageShape.positions` consecutive positions, whose tokens are all the image token.
     """
 
-    tokens_T: np.ndarray  # int64
-    labels_T: np.ndarray  # int64: the next token of the same document
-    loss_mask_T: np.ndarray  # float32: 1 where the label is learned
-    segment_ids_T: np.ndarray  # int32: 0, 1, ... within the batch; -1 for padding
-    source_ids_T: np.ndarray  # int32: number of the document's source in `data.sources`; -1 for padding
-    positions_T: np.ndarray  # int64: from 0 in each piece
-    cu_seqlens: np.ndarray  # int32 [pieces + 1]
-    patches_IND: np.ndarray  # float32: images x patches x patch_dim, (pixel - mean) / std
+    tokens_T: np.ndarray  # uint16 or uint32, as in the shards
+    labels_T: np.ndarray  # the same: the next token of the same document
+    loss_mask_T: np.ndarray  # float32: the weight of the label in the loss, 0 where it is not learned
+    positions_T: np.ndarray  # int32: from 0 in each piece
+    cu_seqlens: np.ndarray  # int32 [pieces + 1]; padding is a piece of its own
+    piece_sources: np.ndarray  # int32 [pieces]: number of the source in `data.sources`; -1: padding
+    patches_IND: np.ndarray  # uint8: images x patches x patch_dim
     image_starts_I: np.ndarray  # int64: first position of each image
 
+    @property
+    def piece_ids_T(self) -> np.ndarray:
+        """The piece of each position, int32."""
+        return np.repeat(np.arange(len(self.piece_sources), dtype=np.int32), np.diff(self.cu_seqlens))
 
-def patchify(data: bytes, shape: ImageShape, variation: int | None = None) -> np.ndarray:
-    """Decode an image file into patches: float32 [patches, patch_dim], normalised as `shape` says.
+    @property
+    def source_ids_T(self) -> np.ndarray:
+        """The source of each position, int32; -1: padding."""
+        return np.repeat(self.piece_sources, np.diff(self.cu_seqlens))
 
-    Row by row; with merging, the patches of one decoder position stand together.
+
+@dataclass(frozen=True)
+class Pieces:
+    """Stretches of documents and where each goes in a batch; one entry a piece, in the order of the batch."""
+
+    columns: list[Columns]  # where the piece's document is
+    row: np.ndarray  # int64: its number there
+    first: np.ndarray  # int64: see first_tokens
+    start: np.ndarray  # int64: the piece is input positions [start, stop) of the document
+    stop: np.ndarray  # int64
+    at: np.ndarray  # int64: the batch's position where it begins
+    source: np.ndarray  # int32
+    variation: np.ndarray  # uint64: names the random variation of its images; 0: as they are
+
+
+def first_tokens(columns: Columns, rows: np.ndarray) -> np.ndarray:
+    """Where the tokens of documents begin, int64; -1 where a document has images, roles or a weight."""
+    special = np.diff(columns.image_offsets)[rows] + np.diff(columns.span_offsets)[rows] > 0
+    special |= columns.weights[rows] != 1
+    return np.where(special, -1, columns.offsets[rows].astype(np.int64))
+
+
+def assemble(
+    pieces: Pieces,
+    rows: int,
+    seq_length: int,
+    shape: ImageShape,
+    image_token: int,
+    with_images: bool = True,
+    each: Callable[[Callable, Iterable], Iterable] = map,
+) -> PackedBatch:
+    """Lay pieces into `rows` rows of `seq_length` positions.
+
+    `with_images=False` leaves the patches out, for a rank that never sees them. `each` is `map`, or that of a pool
+    of threads: it decodes the images.
     """
-    with Image.open(io.BytesIO(data)) as image:
-        rgb = image.convert("RGB")
-    if rgb.size != (shape.size, shape.size):
-        rgb = rgb.resize((shape.size, shape.size), Image.Resampling.BICUBIC)
-    pixels = (np.asarray(rgb, np.float32) / 255 - shape.mean) / shape.std
-    if variation is not None:
-        pixels = vary(pixels, variation)
-    side, m, p = shape.size // (shape.patch * shape.merge), shape.merge, shape.patch
-    cells = pixels.reshape(side, m, p, side, m, p, 3).transpose(0, 3, 1, 4, 2, 5, 6)
-    return cells.reshape(shape.patches, shape.patch_dim)
-
-
-def vary(pixels: np.ndarray, variation: int) -> np.ndarray:
-    """A mirrored (or not) and shifted copy of square pixels [size, size, 3], named by a 64-bit number.
-
-    Shifts are up to an eighth of the image each way; the edge's pixels fill what comes in.
-    """
-    reach = len(pixels) // 8
-    mirror, rest = variation & 1, variation >> 1
-    down, right = rest % (2 * reach + 1), (rest >> 31) % (2 * reach + 1)
-    wide = np.pad(pixels[:, ::-1] if mirror else pixels, ((reach, reach), (reach, reach), (0, 0)), mode="edge")
-    return wide[down : down + len(pixels), right : right + len(pixels)]
-
-
-def lay_out(tokens: np.ndarray, learned: np.ndarray, images: list[bytes], image: int, positions: int) -> Sequence:
-    """Widen each image token to `positions` positions and shift: tokens [n + 1] -> a Sequence."""
-    repeats = np.where(tokens == image, positions, 1)
-    wide, learn = np.repeat(tokens, repeats).astype(np.int64), np.repeat(learned, repeats).astype(np.float32)
-    starts = (np.cumsum(repeats) - repeats)[tokens == image]
-    return Sequence(wide[:-1], wide[1:], learn[1:], images, starts.astype(np.int64))
-
-
-def assemble(rows: list[list[Sequence]], seq_length: int, shape: ImageShape, with_images: bool = True) -> PackedBatch:
-    """Lay sequences one behind another in rows of `seq_length` positions (each row's sum at most that).
-
-    `with_images=False` leaves the patches out, for a pipeline stage that never sees them.
-    """
-    total = len(rows) * seq_length
-    tokens, labels = np.zeros(total, np.int64), np.zeros(total, np.int64)
-    loss_mask, positions = np.zeros(total, np.float32), np.zeros(total, np.int64)
-    segments, sources = np.full(total, -1, np.int32), np.full(total, -1, np.int32)
-    bounds, images, starts = [0], [], []
-    for number, row in enumerate(rows):
-        at, row_end = number * seq_length, (number + 1) * seq_length
-        for sequence in row:
-            place = slice(at, at + len(sequence.tokens))
-            tokens[place], labels[place] = sequence.tokens, sequence.labels
-            loss_mask[place], sources[place] = sequence.loss_mask, sequence.source
-            segments[place], positions[place] = len(bounds) - 1, np.arange(place.stop - at)
-            images += [(image, _one_of(sequence.variation, i)) for i, image in enumerate(sequence.images)]
-            starts += [at + start for start in sequence.image_starts]
-            at = place.stop
-            bounds.append(at)
-        if at < row_end:  # padding is a piece of its own, which no loss and no document sees
-            positions[at:row_end] = np.arange(row_end - at)
-            bounds.append(row_end)
-    patches = np.zeros((0, shape.patches, shape.patch_dim), np.float32)
-    if with_images and images:
-        patches = np.stack([patchify(image, shape, variation) for image, variation in images])
+    total = rows * seq_length
+    tokens, mask = np.zeros(total, pieces.columns[0].tokens.dtype), np.ones(total, np.float32)
+    last: list[int] = []  # the label of each piece's last position
+    images: list[_Image] = []
+    for columns, row, first, start, stop, at, variation in zip(
+        pieces.columns,
+        *(column.tolist() for column in (pieces.row, pieces.first, pieces.start, pieces.stop, pieces.at)),
+        pieces.variation.tolist(),
+        strict=True,
+    ):
+        if first >= 0:
+            tokens[at : at + stop - start] = columns.tokens[first + start : first + stop]
+            last.append(columns.tokens[first + stop])
+        else:
+            label, found = _lay(columns, row, start, stop, at, shape.positions, image_token, tokens, mask)
+            last.append(label)
+            images += [_Image(place, columns.image(j), _one_of(variation, j)) for place, j in found]
+    ends = pieces.at + pieces.stop - pieces.start
+    labels = np.zeros_like(tokens)
+    labels[:-1] = tokens[1:]
+    labels[ends - 1] = last
+    edges = np.unique(np.concatenate([pieces.at, ends, np.arange(rows + 1) * seq_length]))
+    sizes, padding = np.diff(edges), np.isin(edges[:-1], pieces.at, assume_unique=True, invert=True)
+    for begin, end in zip(edges[:-1][padding].tolist(), edges[1:][padding].tolist(), strict=True):
+        mask[begin:end] = labels[begin:end] = 0
+    sources = np.full(len(sizes), -1, np.int32)
+    sources[~padding] = pieces.source
     return PackedBatch(
         tokens_T=tokens,
         labels_T=labels,
-        loss_mask_T=loss_mask,
-        segment_ids_T=segments,
-        source_ids_T=sources,
-        positions_T=positions,
-        cu_seqlens=np.asarray(bounds, np.int32),
-        patches_IND=patches,
-        image_starts_I=np.asarray(starts, np.int64),
+        loss_mask_T=mask,
+        positions_T=np.arange(total, dtype=np.int32) - np.repeat(edges[:-1].astype(np.int32), sizes),
+        cu_seqlens=edges.astype(np.int32),
+        piece_sources=sources,
+        patches_IND=_patches(images if with_images else [], shape, each),
+        image_starts_I=np.array([image.place for image in images], np.int64),
     )
 
 
-def _one_of(variation: int | None, number: int) -> int | None:
-    """The variation of a sequence's image `number`."""
-    return None if variation is None else int(key_of(variation, number))
+def whole_documents(columns: Columns, seq_length: int, shape: ImageShape) -> tuple[Pieces, int]:
+    """All documents of a batch, none cut, in rows of `seq_length` positions: for `assemble`, with the rows' number."""
+    lengths = np.diff(columns.offsets) - 1 + np.diff(columns.image_offsets) * (shape.positions - 1)
+    assert lengths.max() <= seq_length, f"a document takes {lengths.max()} positions, a row has {seq_length}"
+    places, room, row = [], 0, 0
+    for length in lengths.tolist():
+        if length > room:
+            row, room = row + 1, seq_length
+        places.append(row * seq_length - room)
+        room -= length
+    rows = np.arange(len(lengths))
+    nothing = np.zeros(len(rows), np.int64)
+    return Pieces(
+        columns=[columns] * len(rows),
+        row=rows,
+        first=first_tokens(columns, rows),
+        start=nothing,
+        stop=lengths.astype(np.int64),
+        at=np.array(places, np.int64),
+        source=nothing.astype(np.int32),
+        variation=nothing.astype(np.uint64),
+    ), row
+
+
+@dataclass(frozen=True)
+class _Image:
+    place: int  # its first position in the batch
+    data: np.ndarray
+    variation: int | None
+
+
+def _lay(
+    columns: Columns,
+    row: int,
+    start: int,
+    stop: int,
+    at: int,
+    width: int,
+    image_token: int,
+    tokens: np.ndarray,
+    mask: np.ndarray,
+) -> tuple[int, list[tuple[int, int]]]:
+    """Lay one piece with images or roles. Position p of the document goes to at + p - start; an image takes `width`.
+
+    Returns the label of its last position, and (place in the batch, number in `columns`) of its images.
+    """
+    first, length = int(columns.offsets[row]), int(columns.offsets[row + 1] - columns.offsets[row])
+    numbers = range(columns.image_offsets[row], columns.image_offsets[row + 1])
+    image_tokens = columns.image_at[numbers.start : numbers.stop].tolist()
+    shift, begin, label, found = at - start, 0, image_token, []
+    for k, end in enumerate([*image_tokens, length]):  # tokens [begin, end) stand behind k images
+        wider = k * (width - 1)
+        low, high = max(begin + wider, start), min(end + wider, stop)
+        if low < high:
+            tokens[low + shift : high + shift] = columns.tokens[first + low - wider : first + high - wider]
+        if begin + wider <= stop < end + wider:
+            label = int(columns.tokens[first + stop - wider])
+        if k < len(numbers) and start <= end + wider < stop:
+            place = end + wider + shift
+            tokens[place : place + width] = image_token
+            found.append((place, numbers[k]))
+        begin = end + 1
+    weight = columns.weights[row]
+    mask[at : at + stop - start] = 0
+    begin = 0
+    for end, role in columns.spans(row) or [(length, 0)]:
+        if LEARNED[role]:
+            wider = bisect.bisect_left(image_tokens, begin) * (width - 1) - 1  # the label stands a position earlier
+            mask[max(begin + wider, start) + shift : max(min(end + wider, stop), start) + shift] = weight
+        begin = end
+    return label, found
+
+
+def _one_of(variation: int, number: int) -> int | None:
+    """The variation of one image of a document."""
+    return int(key_of(variation, number)) if variation else None
+
+
+def _patches(images: list[_Image], shape: ImageShape, each: Callable[[Callable, Iterable], Iterable]) -> np.ndarray:
+    patches = np.empty((len(images), shape.patches, shape.patch_dim), np.uint8)
+
+    def fill(number: int) -> None:
+        patches[number] = patchify(images[number].data, shape, images[number].variation)
+
+    collections.deque(each(fill, range(len(images))), maxlen=0)
+    return patches

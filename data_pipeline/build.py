@@ -1,23 +1,25 @@
 """Building shards: sources -> tokenizer -> Arrow files -> manifest, committed by one rename."""
 
-import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import xxhash
+
 from armillary.data_pipeline.config import DataConfig
+from armillary.data_pipeline.document import Encoded
 from armillary.data_pipeline.shards import (
     FORMAT,
     MANIFEST,
-    SCHEMA,
     Manifest,
     read_manifest,
+    schema_of,
     write_manifest,
-    write_shard,
+    write_shards,
 )
 from armillary.data_pipeline.sources import documents
-from armillary.data_pipeline.tokenizer import Tokenizer, document_texts
+from armillary.data_pipeline.tokenizer import Tokenizer
 from armillary.errors import DataError
 
 Progress = Callable[[str, int], None]
@@ -26,7 +28,8 @@ Progress = Callable[[str, int], None]
 def built_from(config: DataConfig) -> dict:
     """The part of `[data]` that the shards depend on; the rest may change without a new build."""
     sources = [source.model_dump(exclude={"weight", "augment"}) for source in config.sources]
-    return {"sources": sources, "vocab_size": config.vocab_size, "documents_per_shard": config.documents_per_shard}
+    keys = ("vocab_size", "shard_bytes", "compression")
+    return {"sources": sources} | {key: getattr(config, key) for key in keys}
 
 
 def build(config: DataConfig, progress: Progress = lambda source, count: None, force: bool = False) -> Manifest:
@@ -79,29 +82,34 @@ def ensure_built(config: DataConfig, progress: Progress = lambda source, count: 
 
 
 def _build_into(folder: Path, config: DataConfig, progress: Progress) -> Manifest:
-    texts = (text for source in config.sources for doc in documents(source) for text in document_texts(doc))
+    texts = (text for source in config.sources for document in documents(source) for text in document.texts)
     tokenizer = Tokenizer.train(texts, config.vocab_size)
-    sources = {}
+    schema, sources = schema_of(tokenizer.size), {}
     for source in config.sources:
-        shards, done = [], 0
-        for batch in _batched(map(tokenizer.encode_document, documents(source)), config.documents_per_shard):
-            shards.append(write_shard(folder / f"{source.kind}-{len(shards):05d}.arrow", batch))
-            done += len(batch)
-            progress(source.kind, done)
-        if not done:
-            raise DataError(f"the source {source.kind} holds no documents", source.path, "remove it from data.sources")
-        sources[source.kind] = tuple(shards)
+        encoded = _counted(map(tokenizer.encode_document, documents(source)), lambda n, s=source: progress(s.name, n))
+        sources[source.name] = tuple(
+            write_shards(folder, source.name, encoded, schema, config.shard_bytes, config.compression)
+        )
+        if not sources[source.name]:
+            raise DataError(f"the source {source.name} holds no documents", source.path, "remove it from data.sources")
+    text = tokenizer.to_json()
     manifest = Manifest(
         format=FORMAT,
-        arrow_schema=str(SCHEMA),
+        arrow_schema=str(schema),
         built_from=built_from(config),
-        tokenizer=tokenizer.to_json(),
+        tokenizer=text,
+        tokenizer_xxh3=xxhash.xxh3_64_hexdigest(text.encode()),
         sources=sources,
     ).sealed()
     write_manifest(folder, manifest)
     return manifest
 
 
-def _batched(items: Iterator, size: int) -> Iterator[list]:
-    while batch := list(itertools.islice(items, size)):
-        yield batch
+def _counted(items: Iterable[Encoded], say: Callable[[int], None], every: int = 8192) -> Iterator[Encoded]:
+    """The items; say(how many so far) now and then, and at the end."""
+    count = 0
+    for count, item in enumerate(items, 1):
+        yield item
+        if count % every == 0:
+            say(count)
+    say(count)

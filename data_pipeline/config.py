@@ -13,9 +13,26 @@ class SourceConfig(Table):
     kind: Literal["easy_vqa", "pydoc"] = Field(
         description="easy_vqa: questions about images of coloured shapes; pydoc: Python's own documentation topics"
     )
-    weight: float = Field(1.0, gt=0, description="share of the positions that it fills, relative to the others")
+    name: str = Field(
+        "", pattern=r"^[A-Za-z0-9_-]*$", description="names the source in shards and metrics; empty: its kind"
+    )
+    weight: float = Field(1.0, ge=0, description="share of the positions that it fills, relative to the others")
     augment: bool = Field(False, description="mirror and shift its images, anew each time they are seen")
     path: str = Field("", description="folder with the source's files; empty: the copy in the installed package")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, given):
+        if isinstance(given, dict) and not given.get("name") and isinstance(given.get("kind"), str):
+            return given | {"name": given["kind"]}
+        return given
+
+
+class StageConfig(Table):
+    """Other weights from some point of the run on."""
+
+    from_positions: int = Field(ge=1, description="positions after which these weights hold, rounded up to a block")
+    weights: dict[str, float] = Field(description="weight by source name; the others keep theirs")
 
 
 class DataConfig(Table):
@@ -23,18 +40,44 @@ class DataConfig(Table):
 
     path: str = Field("data/shards", description="folder of the Arrow shards; built on first use")
     sources: tuple[SourceConfig, ...] = Field(
-        (SourceConfig(kind="easy_vqa"),), description="sources mixed by weight; each kind at most once"
+        (SourceConfig(kind="easy_vqa"),), description="sources mixed by weight; each name once"
     )
+    schedule: tuple[StageConfig, ...] = Field((), description="changes of the weights, in the order of the run")
     vocab_size: int = Field(512, ge=260, description="entries of the byte-level BPE, special tokens included")
-    documents_per_shard: int = Field(8192, ge=1, description="documents in one shard file")
-    seq_length: int = Field(512, ge=8, description="tokens in one packed row")
+    shard_bytes: int = Field(128 << 20, ge=1, description="bytes of one shard file, about")
+    compression: Literal["none", "zstd"] = Field("none", description="of shards: none is fastest, zstd smallest")
+    seq_length: int = Field(512, ge=8, description="positions in one packed row")
+    max_images: int = Field(256, ge=1, description="images in one packed row at most")
+    packing: Literal["greedy", "best_fit"] = Field(
+        "greedy",
+        description="greedy: in order, text cut at rows' ends; best_fit: only what is longer than a row is cut",
+    )
     seed: int = Field(1234, ge=0, description="seed of the global shuffle")
 
     @model_validator(mode="after")
-    def _each_source_once(self):
-        kinds = [source.kind for source in self.sources]
-        if not kinds:
+    def _check(self):
+        names = [source.name for source in self.sources]
+        if not names:
             raise ValueError("at least one source is needed")
-        if len(set(kinds)) != len(kinds):
-            raise ValueError("a source is listed twice; give it one entry with the sum of the weights")
+        if len(set(names)) != len(names):
+            raise ValueError("two sources have the same name; give each `name` once")
+        previous = 0
+        for stage in self.schedule:
+            if unknown := set(stage.weights) - set(names):
+                raise ValueError(f"the schedule names a source that is not there: {', '.join(sorted(unknown))}")
+            if stage.from_positions <= previous:
+                raise ValueError("the schedule's from_positions must rise")
+            previous = stage.from_positions
+        for start, weights in self.stages():
+            if min(weights) < 0 or sum(weights) == 0:
+                raise ValueError(f"the weights from position {start} on are {weights}: none below 0, not all 0")
         return self
+
+    def stages(self) -> list[tuple[int, list[float]]]:
+        """(first position, weights of all sources) of each stretch of the run."""
+        weights = {source.name: source.weight for source in self.sources}
+        found = [(0, list(weights.values()))]
+        for stage in self.schedule:
+            weights |= stage.weights
+            found.append((stage.from_positions, list(weights.values())))
+        return found

@@ -1,75 +1,61 @@
-"""Documents by number, from memory-mapped shards."""
+"""One source's documents by number, from memory-mapped shards."""
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
-from armillary.data_pipeline.batch import ImageShape, Sequence, lay_out
-from armillary.data_pipeline.shards import Manifest, open_shard
+from armillary.data_pipeline.shards import Columns, Manifest, ShardReader, schema_of
 from armillary.data_pipeline.tokenizer import Tokenizer
-from armillary.errors import DataError
+
+OPEN = 4096  # shards, and batches, that are held open: views of mapped files, a few kilobytes each
 
 
 class Corpus:
-    """One source's shards. Nothing is read until it is asked for; tokens come as views of the mapped file."""
+    """A source's shards. What is held in memory grows with their number, not with that of the documents."""
 
-    def __init__(self, folder: Path, manifest: Manifest, source: str, shape: ImageShape, tokenizer: Tokenizer):
-        self._image_positions, self._image = shape.positions, tokenizer.image
-        self._shards = [_Columns.of(open_shard(folder, shard)) for shard in manifest.sources[source]]
-        self._ends = np.cumsum([len(shard.offsets) - 1 for shard in self._shards])
-        text = np.concatenate([np.diff(shard.offsets) for shard in self._shards])
-        images = np.concatenate([np.diff(shard.image_offsets) for shard in self._shards])
-        self.lengths = text - 1 + images * (self._image_positions - 1)  # int64 [documents]: positions
-        self.has_images = images > 0  # bool [documents]
-        self.learned = np.concatenate([shard.learned_counts() for shard in self._shards])  # int64 [documents]
+    def __init__(self, folder: Path, manifest: Manifest, source: str, tokenizer: Tokenizer):
+        self._folder, self._shards = folder, manifest.sources[source]
+        self._schema = schema_of(tokenizer.size)
+        self._ends = np.cumsum([shard.documents for shard in self._shards])
+        self.documents = int(self._ends[-1])
+        self.tokens = sum(shard.tokens for shard in self._shards)
+        self.images = sum(shard.images for shard in self._shards)
+        self.reader = functools.lru_cache(OPEN)(self._reader)
+        self.columns = functools.lru_cache(OPEN)(self._columns)
 
-    def __len__(self) -> int:
-        return int(self._ends[-1])
+    def sizes(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """How many tokens and images each of `documents` (int64 [n]) has, int64 [n] each."""
+        tokens, images = np.empty(len(documents), np.int64), np.empty(len(documents), np.int64)
+        for shard, which, rows in self._by_shard(documents):
+            reader = self.reader(shard)
+            tokens[which], images[which] = reader.tokens[rows], reader.images[rows]
+        return tokens, images
 
-    def check_fits(self, source: str, seq_length: int) -> None:
-        """DataError if a document that cannot be cut is longer than a row."""
-        longest = int((self.lengths * self.has_images).max())
-        if longest > seq_length:
-            raise DataError(
-                f"a document with images takes {longest} positions and cannot be cut into rows of {seq_length}",
-                source,
-                f"set data.seq_length to at least {longest}, or take larger patches (model.patch_size)",
-            )
+    def locate(self, documents: np.ndarray) -> Iterator[tuple[np.ndarray, Columns, np.ndarray]]:
+        """(which of `documents`, their batch, their rows in it), batch by batch."""
+        for shard, which, rows in self._by_shard(documents):
+            ends = self.reader(shard).batch_ends
+            for batch, within in groups(np.searchsorted(ends, rows, side="right")):
+                begin = int(ends[batch - 1]) if batch else 0
+                yield which[within], self.columns(shard, batch), rows[within] - begin
 
-    def sequence(self, document: int) -> Sequence:
-        """Document number `document` of the source, from 0, laid out on positions."""
-        number = int(np.searchsorted(self._ends, document, side="right"))
-        shard = self._shards[number]
-        row = document - (int(self._ends[number - 1]) if number else 0)
-        text = slice(shard.offsets[row], shard.offsets[row + 1])
-        images = [shard.images[i].as_py() for i in range(shard.image_offsets[row], shard.image_offsets[row + 1])]
-        return lay_out(shard.tokens[text], shard.learned[text], images, self._image, self._image_positions)
+    def _by_shard(self, documents: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        for shard, which in groups(np.searchsorted(self._ends, documents, side="right")):
+            begin = int(self._ends[shard - 1]) if shard else 0
+            yield shard, which, documents[which] - begin
+
+    def _reader(self, shard: int) -> ShardReader:
+        return ShardReader(self._folder, self._shards[shard], self._schema)
+
+    def _columns(self, shard: int, batch: int) -> Columns:
+        return self.reader(shard).columns(batch)
 
 
-@dataclass(frozen=True)
-class _Columns:
-    """A shard's buffers: numpy views of the mapped file; images stay in Arrow."""
-
-    tokens: np.ndarray
-    learned: np.ndarray
-    offsets: np.ndarray
-    images: pa.Array
-    image_offsets: np.ndarray
-
-    @classmethod
-    def of(cls, batch: pa.RecordBatch) -> "_Columns":
-        tokens, learned, images = batch.columns
-        return cls(
-            tokens.values.to_numpy(),
-            learned.values.to_numpy(),
-            tokens.offsets.to_numpy().astype(np.int64),
-            images.values,
-            images.offsets.to_numpy().astype(np.int64),
-        )
-
-    def learned_counts(self) -> np.ndarray:
-        """Learned tokens of each document; the first token of a document is never predicted."""
-        total = np.concatenate([[0], np.cumsum(self.learned, dtype=np.int64)])
-        return total[self.offsets[1:]] - total[self.offsets[:-1]] - self.learned[self.offsets[:-1]]
+def groups(keys: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """(key, where it stands in `keys`) of each distinct key, in order."""
+    order = np.argsort(keys, kind="stable")
+    cuts = np.flatnonzero(np.diff(keys[order])) + 1
+    for which in np.split(order, cuts) if len(keys) else ():
+        yield int(keys[which[0]]), which

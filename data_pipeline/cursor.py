@@ -1,4 +1,4 @@
-"""Where a run stands in its data. No rank is in it: any number of ranks continues with exactly the next sample."""
+"""Where a run stands in its data. No rank is in it: any number of ranks continues with exactly the next row."""
 
 from pydantic import Field
 
@@ -6,7 +6,7 @@ from armillary.table import Table
 
 
 class Cursor(Table):
-    """The next sample of the global order, and how much of it is packed already."""
+    """The next row: its block of the global order, and its number among the block's packed rows."""
 
-    sample: int = Field(0, ge=0, description="the next global sample")
-    carry: int = Field(0, ge=0, description="input positions of that sample which an earlier row has taken")
+    block: int = Field(0, ge=0, description="block of the global order, see mixture.py")
+    row: int = Field(0, ge=0, description="the next row of that block; those before it are used up")

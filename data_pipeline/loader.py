@@ -1,68 +1,97 @@
 """From a cursor to packed batches: the plan of a step is global, each rank builds only its own rows."""
 
-import queue
-import threading
+import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from armillary.data_pipeline.batch import ImageShape, PackedBatch, Sequence, assemble
+from armillary.data_pipeline import pack
+from armillary.data_pipeline.batch import PackedBatch, Pieces, assemble, first_tokens
 from armillary.data_pipeline.config import DataConfig
-from armillary.data_pipeline.corpus import Corpus
+from armillary.data_pipeline.corpus import Corpus, groups
 from armillary.data_pipeline.cursor import Cursor
-from armillary.data_pipeline.mixture import Mixture
-from armillary.data_pipeline.pack import Piece, pack
+from armillary.data_pipeline.images import ImageShape
+from armillary.data_pipeline.mixture import Mixture, Stage
+from armillary.data_pipeline.prefetch import prefetch
 from armillary.data_pipeline.shards import read_manifest
-from armillary.data_pipeline.shuffle import key_of
+from armillary.data_pipeline.shuffle import key_of, mix
 from armillary.data_pipeline.tokenizer import Tokenizer
+from armillary.errors import DataError
+
+BLOCK_ROWS = 1024  # a block draws documents for about so many rows, and is packed by itself
 
 
 @dataclass(frozen=True)
-class StepPlan:
-    """The rows of one global batch, what they count for, and where the data stands after them."""
+class Block:
+    """A block of the global order, packed: what its documents are, and which pieces of them make up its rows."""
 
-    rows: list[list[Piece]]
-    learned_tokens: int
-    after: Cursor
+    number: int
+    source: np.ndarray  # int64 [documents]
+    document: np.ndarray  # int64 [documents]: number in its source
+    packed: pack.Packed
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows [first, last) of a block."""
+
+    block: Block
+    first: int
+    last: int
 
 
 @dataclass(frozen=True)
 class Step:
-    """One rank's share of a step: its micro-batches, the learned tokens of the *global* batch, the cursor after."""
+    """One rank's share of a step: its micro-batches, and the cursor after the step."""
 
     micro_batches: list[PackedBatch]
-    learned_tokens: int
     after: Cursor
 
 
 class Loader:
-    """Batches of a job's data. Pure in its cursor: the same cursor gives the same rows on any layout."""
+    """Batches of a job's data. Pure in its cursor: the same cursor gives the same rows on any layout.
 
-    def __init__(self, config: DataConfig, shape: ImageShape):
+    `threads` decode images. DataError where the shards are missing, damaged or of another format.
+    """
+
+    def __init__(self, config: DataConfig, shape: ImageShape, threads: int = 1):
         folder = Path(config.path)
         manifest = read_manifest(folder)
         self.tokenizer = Tokenizer.from_json(manifest.tokenizer)
-        self._shape, self._seq_length, self._seed = shape, config.seq_length, config.seed
-        self._augment = [source.augment for source in config.sources]
-        kinds = [source.kind for source in config.sources]
-        self._corpora = [Corpus(folder, manifest, kind, shape, self.tokenizer) for kind in kinds]
-        for kind, corpus in zip(kinds, self._corpora, strict=True):
-            corpus.check_fits(kind, config.seq_length)
-        # Weights are shares of the positions, so a source of long documents is drawn from less often.
-        rates = [s.weight / c.lengths.mean() for s, c in zip(config.sources, self._corpora, strict=True)]
-        self._mixture = Mixture(tuple(map(len, self._corpora)), tuple(map(float, rates)), config.seed)
+        self._config, self._shape = config, shape
+        if shape.positions > config.seq_length:
+            raise DataError(
+                f"an image takes {shape.positions} positions, a row has {config.seq_length}",
+                "data.seq_length",
+                f"set it to at least {shape.positions}, or take larger patches (model.patch_size)",
+            )
+        self.corpora = [Corpus(folder, manifest, source.name, self.tokenizer) for source in config.sources]
+        self.mixture = _mixture(config, self.corpora, shape)
+        self._augment = np.array([source.augment for source in config.sources])
+        self._pool = ThreadPoolExecutor(threads, "decode") if threads > 1 else None
+        self.block = functools.lru_cache(4)(self._block)
 
-    def plan(self, cursor: Cursor, rows: int) -> StepPlan:
-        """Which samples make up the `rows` rows of the global batch that starts at `cursor`."""
-        packed, after = pack(cursor, rows, self._seq_length, self._lengths)
-        return StepPlan(packed, sum(self._learned(piece) for row in packed for piece in row), after)
+    def plan(self, cursor: Cursor, rows: int) -> tuple[list[Rows], Cursor]:
+        """The `rows` rows from `cursor` on, and the cursor after them."""
+        found, block, row = [], cursor.block, cursor.row
+        while rows:
+            last = min(row + rows, self.block(block).packed.rows)
+            if last > row:
+                found.append(Rows(self.block(block), row, last))
+                rows -= last - row
+            row = last
+            if row >= self.block(block).packed.rows:
+                block, row = block + 1, 0
+        return found, Cursor(block=block, row=row)
 
-    def batch(self, rows: list[list[Piece]], with_images: bool = True) -> PackedBatch:
-        """Build rows into one PackedBatch; without images where no stage of this rank sees them."""
-        sequences = [[self._sequence(p.sample).part(p.start, p.stop) for p in row] for row in rows]
-        return assemble(sequences, self._seq_length, self._shape, with_images)
+    def batch(self, rows: list[Rows], with_images: bool = True) -> PackedBatch:
+        """Build rows into one PackedBatch; without patches where no stage of this rank sees them."""
+        pieces, count = self.pieces(rows)
+        each = self._pool.map if self._pool else map
+        return assemble(pieces, count, self._config.seq_length, self._shape, self.tokenizer.image, with_images, each)
 
     def steps(
         self, cursor: Cursor, rows: int, micro_batch: int, rank: int, ranks: int, with_images: bool = True
@@ -76,71 +105,117 @@ class Loader:
         def make() -> Iterator[Step]:
             at = cursor
             while True:
-                plan = self.plan(at, rows)
-                mine = plan.rows[rank * share : (rank + 1) * share]
-                chunks = [mine[i : i + micro_batch] for i in range(0, share, micro_batch)]
-                yield Step([self.batch(chunk, with_images) for chunk in chunks], plan.learned_tokens, plan.after)
-                at = plan.after
+                planned, after = self.plan(at, rows)
+                starts = range(rank * share, (rank + 1) * share, micro_batch)
+                yield Step([self.batch(_cut(planned, start, micro_batch), with_images) for start in starts], after)
+                at = after
 
         return prefetch(make(), ahead=2)
 
-    def _lengths(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        source, document = self._mixture.samples(start, count)
-        lengths, cuttable = np.empty(count, np.int64), np.empty(count, bool)
-        for s, corpus in enumerate(self._corpora):
-            lengths[source == s] = corpus.lengths[document[source == s]]
-            cuttable[source == s] = ~corpus.has_images[document[source == s]]
-        return lengths, cuttable
+    def pieces(self, rows: list[Rows]) -> tuple[Pieces, int]:
+        """What rows are made of, for `assemble`, and how many they are."""
+        count = sum(part.last - part.first for part in rows)
+        parts, done = [], 0
+        for part in rows:
+            parts.append(self._pieces(part, done))
+            done += part.last - part.first
+        columns = [column for part in parts for column in part.columns]
+        joined = {
+            name: np.concatenate([getattr(part, name) for part in parts])
+            for name in ("row", "first", "start", "stop", "at", "source", "variation")
+        }
+        return Pieces(columns=columns, **joined), count
 
-    def _locate(self, sample: int) -> tuple[int, int]:
-        """The sample's source and its document there."""
-        source, document = self._mixture.samples(sample, 1)
-        return int(source[0]), int(document[0])
+    def _pieces(self, rows: Rows, done: int) -> Pieces:
+        """The pieces of rows that stand behind `done` others in a batch."""
+        packed = rows.block.packed
+        ends = packed.row_ends[rows.first : rows.last]
+        begin = int(packed.row_ends[rows.first - 1]) if rows.first else 0
+        which = slice(begin, int(ends[-1]))
+        start, stop, of = packed.start[which], packed.stop[which], packed.document[which]
+        row_of = np.searchsorted(ends, np.arange(begin, int(ends[-1])), side="right")
+        before = np.cumsum(stop - start) - (stop - start)
+        row_begins = np.concatenate([[begin], ends[:-1]]) - begin
+        at = before - before[row_begins][row_of] + (row_of + done) * self._config.seq_length
+        source, document = rows.block.source[of], rows.block.document[of]
+        columns: list = [None] * len(of)
+        row, first = np.empty(len(of), np.int64), np.empty(len(of), np.int64)
+        for s, mine in groups(source):
+            for found, batch, in_batch in self.corpora[s].locate(document[mine]):
+                place = mine[found]
+                row[place], first[place] = in_batch, first_tokens(batch, in_batch)
+                for index in place.tolist():
+                    columns[index] = batch
+        variation = np.zeros(len(of), np.uint64)
+        if self._augment.any():
+            names = mix(of.astype(np.uint64) + key_of(self._config.seed, 2, rows.block.number)) | np.uint64(1)
+            variation = np.where(self._augment[source], names, np.uint64(0))
+        return Pieces(columns, row, first, start, stop, at, source.astype(np.int32), variation)
 
-    def _sequence(self, sample: int) -> Sequence:
-        source, document = self._locate(sample)
-        variation = int(key_of(self._seed, 2, sample)) if self._augment[source] else None
-        return replace(self._corpora[source].sequence(document), source=source, variation=variation)
+    def _block(self, number: int) -> Block:
+        source, document = self.mixture.block(number)
+        tokens, images = np.empty(len(source), np.int64), np.empty(len(source), np.int64)
+        for s, which in groups(source):
+            tokens[which], images[which] = self.corpora[s].sizes(document[which])
+        lengths = tokens - 1 + images * (self._shape.positions - 1)
+        parts = self._parts(source, document, lengths, images)
+        seq_length, max_images = self._config.seq_length, self._config.max_images
+        if self._config.packing == "greedy":
+            packed = pack.greedy(parts, seq_length, max_images)
+        else:
+            packed = pack.best_fit(parts, seq_length, max_images, key_of(self._config.seed, 3, number))
+        return Block(number, source, document, packed)
 
-    def _learned(self, piece: Piece) -> int:
-        source, document = self._locate(piece.sample)
-        corpus = self._corpora[source]
-        if piece.start == 0 and piece.stop == corpus.lengths[document]:
-            return int(corpus.learned[document])
-        return int(corpus.sequence(document).loss_mask[piece.start : piece.stop].sum())
+    def _parts(self, source: np.ndarray, document: np.ndarray, lengths: np.ndarray, images: np.ndarray) -> pack.Parts:
+        """The block's documents; those with images that do not fit in a row are cut between images."""
+        filled = np.flatnonzero(lengths > 0)
+        parts = pack.Parts(filled, np.zeros(len(filled), np.int64), lengths[filled], images[filled])
+        long = (parts.images > 0) & (
+            (parts.length > self._config.seq_length) | (parts.images > self._config.max_images)
+        )
+        if not long.any():
+            return parts
+        rows = list(
+            zip(
+                parts.document.tolist(), parts.start.tolist(), parts.length.tolist(), parts.images.tolist(), strict=True
+            )
+        )
+        cut = []
+        for row, too_long in zip(rows, long.tolist(), strict=True):
+            cut += self._cut_document(int(source[row[0]]), int(document[row[0]]), row) if too_long else [row]
+        return pack.Parts(*(np.array(column, np.int64) for column in zip(*cut, strict=True)))
+
+    def _cut_document(
+        self, source: int, document: int, part: tuple[int, int, int, int]
+    ) -> list[tuple[int, int, int, int]]:
+        number, _, length, count = part
+        width, config = self._shape.positions, self._config
+        ((_, columns, (row,)),) = self.corpora[source].locate(np.array([document]))
+        begin = int(columns.image_offsets[row])
+        starts = columns.image_at[begin : begin + count].astype(np.int64) + np.arange(count) * (width - 1)
+        cuts = pack.cut_between_images(length, starts.tolist(), width, config.seq_length, config.max_images)
+        held = np.diff([*np.searchsorted(starts, cuts), count])
+        return list(zip([number] * len(cuts), cuts, np.diff([*cuts, length]).tolist(), held.tolist(), strict=True))
 
 
-def prefetch(items: Iterator, ahead: int) -> Iterator:
-    """Run `items` in a thread, at most `ahead` items before the reader; its exception is raised here."""
-    ready: queue.Queue = queue.Queue(ahead)
-    closed = threading.Event()
-
-    def fill():
-        try:
-            for item in items:
-                if not _put(ready, (item, None), closed):
-                    return
-        except BaseException as error:
-            _put(ready, (None, error), closed)
-
-    thread = threading.Thread(target=fill, name="prefetch", daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = ready.get()
-            if error is not None:
-                raise error
-            yield item
-    finally:
-        closed.set()
-        thread.join()
+def _mixture(config: DataConfig, corpora: list[Corpus], shape: ImageShape) -> Mixture:
+    """Weights are shares of the positions, so a source of long documents is drawn from less often."""
+    positions = [(c.tokens - c.documents + c.images * (shape.positions - 1)) / c.documents for c in corpora]
+    per_block = BLOCK_ROWS * config.seq_length
+    stages = []
+    for start, weights in config.stages():
+        rates = [w / sum(weights) * per_block / max(mean, 1) for w, mean in zip(weights, positions, strict=True)]
+        stages.append(Stage(-(-start // per_block), tuple(rates)))
+    return Mixture(tuple(corpus.documents for corpus in corpora), tuple(stages), config.seed)
 
 
-def _put(ready: queue.Queue, item: object, closed: threading.Event) -> bool:
-    while not closed.is_set():
-        try:
-            ready.put(item, timeout=0.1)
-            return True
-        except queue.Full:
-            continue
-    return False
+def _cut(rows: list[Rows], start: int, count: int) -> list[Rows]:
+    """Rows [start, start + count) of all `rows` together."""
+    found, before = [], 0
+    for part in rows:
+        size = part.last - part.first
+        low, high = max(start - before, 0), min(start + count - before, size)
+        if low < high:
+            found.append(Rows(part.block, part.first + low, part.first + high))
+        before += size
+    return found

@@ -1,61 +1,76 @@
-"""Which document is the n-th sample of the run: sources mixed by weight, each shuffled anew every epoch."""
+"""Which documents come when: sources mixed by weight, each shuffled anew every epoch.
 
-import functools
+The run is a sequence of blocks. What a source has given before block b is a closed formula of b, so no block needs
+the ones before it, and nothing is stored that grows with the number of samples.
+"""
+
 from dataclasses import dataclass
 
 import numpy as np
 
-from armillary.data_pipeline.shuffle import key_of, permute
+from armillary.data_pipeline.shuffle import key_of, permute, unpermute
 
-BLOCK = 1024
+
+@dataclass(frozen=True)
+class Stage:
+    """From block `start` on, a block draws `rates[s]` documents from source s (on average; any number >= 0)."""
+
+    start: int
+    rates: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """sizes: documents in each source; rates: relative frequency of its documents; seed: of the shuffle.
+    """sizes: documents in each source; stages: in order, the first from block 0; seed: of the shuffle.
 
-    Samples come in blocks of 1,024. Every block holds each source's exact share (largest remainder) in an
-    order of its own, so the sources' counts before any sample are known without walking through the run.
+    A source's share of any stretch of blocks is exact to one document, and a stage changes nothing before its start.
     """
 
     sizes: tuple[int, ...]
-    rates: tuple[float, ...]
+    stages: tuple[Stage, ...]
     seed: int
 
-    def samples(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Samples [start, start + count) of the run: (source, document), int64 [count] each.
+    def drawn(self, block: int) -> np.ndarray:
+        """Documents of each source that come before `block`, int64 [sources]."""
+        total = np.full(len(self.sizes), 0.5)  # so that rounding is to the nearest
+        ends = [stage.start for stage in self.stages[1:]] + [block]
+        for stage, end in zip(self.stages, ends, strict=True):
+            total += np.asarray(stage.rates, np.float64) * max(0, min(block, end) - stage.start)
+        return np.floor(total).astype(np.int64)
+
+    def block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """The documents of one block in their order: (source, document), int64 [n] each; n may be 0.
 
         `document` is an index into its source. A source is used up in a fresh order each time round.
         """
-        first, last = start // BLOCK, (start + count - 1) // BLOCK
-        blocks = [_block(self, block) for block in range(first, last + 1)]
-        window = slice(start - first * BLOCK, start - first * BLOCK + count)
-        source = np.concatenate([source for source, _ in blocks])[window]
-        return source, np.concatenate([document for _, document in blocks])[window]
+        first, last = self.drawn(block), self.drawn(block + 1)
+        sources = np.repeat(np.arange(len(self.sizes)), last - first)
+        documents = [self._documents(s, np.arange(a, b)) for s, (a, b) in enumerate(zip(first, last, strict=True))]
+        order = permute(np.arange(len(sources)), len(sources), key_of(self.seed, 0, block))
+        return sources[order], np.concatenate(documents)[order]
 
+    def ordinal(self, source: int, document: int, epoch: int) -> int:
+        """How many documents the source gives before it gives `document` in epoch `epoch`."""
+        size = self.sizes[source]
+        return epoch * size + int(unpermute(np.asarray(document), size, self._key(source, epoch)))
 
-def quotas(rates: tuple[float, ...]) -> np.ndarray:
-    """Samples of each source in one block, int64 [sources]: they sum to BLOCK, and each is at least one."""
-    shares = np.asarray(rates, np.float64) / sum(rates) * BLOCK
-    counts = np.maximum(np.floor(shares).astype(np.int64), 1)
-    by_remainder = np.argsort(np.floor(shares) - shares, kind="stable")
-    counts[by_remainder[: max(0, BLOCK - int(counts.sum()))]] += 1
-    counts[np.argmax(counts)] += BLOCK - counts.sum()
-    return counts
+    def block_of(self, source: int, ordinal: int) -> int | None:
+        """The block that draws the source's document number `ordinal`; None if no block ever does."""
+        if ordinal >= self.drawn(self.stages[-1].start)[source] and self.stages[-1].rates[source] == 0:
+            return None
+        low, high = 0, 1
+        while self.drawn(high)[source] <= ordinal:
+            low, high = high, 2 * high
+        while high - low > 1:  # drawn(low) <= ordinal < drawn(high)
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.drawn(middle)[source] <= ordinal else (low, middle)
+        return low
 
+    def _documents(self, source: int, ordinals: np.ndarray) -> np.ndarray:
+        size = self.sizes[source]
+        epochs, places = np.divmod(ordinals, size)
+        one = len(ordinals) and epochs[0] == epochs[-1]
+        return permute(places, size, self._key(source, int(epochs[0]) if one else epochs))
 
-@functools.lru_cache(maxsize=64)
-def _block(mixture: Mixture, block: int) -> tuple[np.ndarray, np.ndarray]:
-    """(source, document) of one block's samples."""
-    counts = quotas(mixture.rates)
-    slot = permute(np.arange(BLOCK), BLOCK, key_of(mixture.seed, 0, block))
-    source = np.searchsorted(np.cumsum(counts), slot, side="right").astype(np.int64)
-    document = np.empty(BLOCK, np.int64)
-    for s, (count, size) in enumerate(zip(counts, mixture.sizes, strict=True)):
-        ordinal = block * count + np.arange(count)
-        place, drawn = ordinal % size, np.empty(count, np.int64)
-        for epoch in np.unique(ordinal // size):
-            within = ordinal // size == epoch
-            drawn[within] = permute(place[within], size, key_of(mixture.seed, 1, s, int(epoch)))
-        document[source == s] = drawn
-    return source, document
+    def _key(self, source: int, epoch: int | np.ndarray) -> np.uint64 | np.ndarray:
+        return key_of(self.seed, 1, source, epoch)

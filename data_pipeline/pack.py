@@ -1,52 +1,170 @@
-"""Packing documents into rows of a fixed length: a pure function of lengths and cursor."""
+"""Packing a block's documents into rows of a fixed length: pure functions of their lengths."""
 
-from collections.abc import Callable
+import bisect
 from dataclasses import dataclass
 
 import numpy as np
 
-from armillary.data_pipeline.cursor import Cursor
+from armillary.data_pipeline.shuffle import permute
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Input positions [start, stop) of one sample."""
+class Parts:
+    """What is packed: a document, or a part of one; int64 [n] each.
 
-    sample: int
-    start: int
-    stop: int
-
-
-Lengths = Callable[[int, int], tuple[np.ndarray, np.ndarray]]
-
-
-def pack(cursor: Cursor, rows: int, seq_length: int, lengths: Lengths) -> tuple[list[list[Piece]], Cursor]:
-    """Fill `rows` rows of `seq_length` positions, in sample order, from `cursor` on.
-
-    lengths(start, count) gives, for samples [start, start + count), their input lengths (int64 [count]) and
-    whether they may be cut at a row's end (bool [count]). What is cut off opens the next row. A document with
-    images is never cut: it opens a new row where it does not fit, so its length must be at most `seq_length`.
-    Returns the rows' pieces and the cursor after them.
+    Part i is the input positions [start[i], start[i] + length[i]) of document[i], with `images[i]` images in it.
+    Parts without images may be cut at any position, the others not at all.
     """
-    packed: list[list[Piece]] = []
-    row: list[Piece] = []
-    room, sample, carry = seq_length, cursor.sample, cursor.carry
-    base, window, cuttable = sample, np.empty(0, np.int64), np.empty(0, bool)
-    while len(packed) < rows:
-        if sample - base >= len(window):
-            base = sample
-            window, cuttable = lengths(base, 256)
-        length, may_cut = int(window[sample - base]), bool(cuttable[sample - base])
-        take = min(length - carry, room)
-        if take < length - carry and not may_cut:
-            assert row, f"sample {sample} of {length} positions cannot be cut and is longer than a row"
-            take, room = 0, 0
-        if take:
-            row.append(Piece(sample, carry, carry + take))
-            room, carry = room - take, carry + take
-        if carry == length:
-            sample, carry = sample + 1, 0
-        if room == 0:
-            packed.append(row)
-            row, room = [], seq_length
-    return packed, Cursor(sample=sample, carry=carry)
+
+    document: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+    images: np.ndarray
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Rows: pieces [row_ends[r - 1], row_ends[r]) make up row r. Piece i is positions [start[i], stop[i]) of
+    document[i]; int64."""
+
+    document: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+    row_ends: np.ndarray
+
+    @property
+    def rows(self) -> int:
+        return len(self.row_ends)
+
+    @property
+    def positions(self) -> int:
+        """Positions filled; the rest of the rows is padding."""
+        return int((self.stop - self.start).sum())
+
+
+def greedy(parts: Parts, seq_length: int, max_images: int) -> Packed:
+    """Fill rows in the order of the parts; what is cut off opens the next row, and what may not be cut, too.
+
+    A row holds at most `seq_length` positions and `max_images` images; parts with images must fit in a row.
+    """
+    ends, whole = np.cumsum(parts.length), parts.images > 0
+    total = int(parts.length.sum())
+    if whole.any():
+        bounds = np.asarray(_bounds(ends, whole, np.cumsum(parts.images), seq_length, max_images), np.int64)
+    else:
+        bounds = np.minimum(np.arange(seq_length, total + seq_length, seq_length), total)
+    stops = np.union1d(ends, bounds)
+    starts = np.concatenate([np.zeros(min(len(stops), 1), np.int64), stops[:-1]])
+    part = np.searchsorted(ends, starts, side="right")
+    into = starts - (ends - parts.length)[part] + parts.start[part]
+    return Packed(
+        document=parts.document[part],
+        start=into,
+        stop=into + stops - starts,
+        row_ends=np.searchsorted(starts, bounds, side="left"),
+    )
+
+
+def _bounds(ends: np.ndarray, whole: np.ndarray, image_ends: np.ndarray, seq_length: int, max_images: int) -> list[int]:
+    """Where rows end in the stream of all parts."""
+    part_ends, images_before, may_not_cut = ends.tolist(), image_ends.tolist(), whole.tolist()
+    total, at, bounds = part_ends[-1], 0, []
+    while at < total:
+        limit = at + seq_length
+        first = bisect.bisect_right(part_ends, at)  # the part that the row opens with
+        budget = (images_before[first - 1] if first else 0) + max_images
+        over = bisect.bisect_right(images_before, budget)  # the part whose images are too many
+        if over < len(part_ends):
+            limit = min(limit, part_ends[over - 1])
+        if limit < total:
+            crossing = bisect.bisect_right(part_ends, limit)
+            begin = part_ends[crossing - 1] if crossing else 0
+            if may_not_cut[crossing] and begin < limit:
+                limit = begin
+        at = min(limit, total)
+        bounds.append(at)
+    return bounds
+
+
+def best_fit(parts: Parts, seq_length: int, max_images: int, key: np.uint64) -> Packed:
+    """Put each part, the longest first, into the fullest row that has room for it (best-fit decreasing; Ding et al.
+    2024, "Fewer Truncations Improve Language Modeling", section 3): only parts longer than a row are cut.
+
+    The rows come in an order that `key` names, or those of long documents would come first.
+    """
+    pieces = _cut_long(parts, seq_length)
+    rooms = 0  # bit n is set where some row has room for exactly n positions
+    rows_with: list[list[int]] = [[] for _ in range(seq_length + 1)]
+    images_in: list[int] = []
+    row_of = np.empty(len(pieces.length), np.int64)
+    lengths, images = pieces.length.tolist(), pieces.images.tolist()
+    for piece in np.argsort(-pieces.length, kind="stable").tolist():
+        length, count = lengths[piece], images[piece]
+        found = _room_for(rooms >> length << length, rows_with, images_in, max_images - count)
+        if found is None:
+            row, room = len(images_in), seq_length
+            images_in.append(0)
+        else:
+            room, place = found
+            row = rows_with[room].pop(place)
+            if not rows_with[room]:
+                rooms ^= 1 << room
+        images_in[row] += count
+        row_of[piece] = row
+        if room > length:
+            rows_with[room - length].append(row)
+            rooms |= 1 << (room - length)
+    shuffled = permute(np.arange(len(images_in)), len(images_in), key)[row_of]
+    order = np.argsort(shuffled, kind="stable")
+    return Packed(
+        document=pieces.document[order],
+        start=pieces.start[order],
+        stop=(pieces.start + pieces.length)[order],
+        row_ends=np.searchsorted(shuffled[order], np.arange(len(images_in)), side="right"),
+    )
+
+
+def _room_for(rooms: int, rows_with: list[list[int]], images_in: list[int], images: int) -> tuple[int, int] | None:
+    """The least of these rooms with a row that holds at most `images` images: (room, place in rows_with[room])."""
+    while rooms:
+        room = (rooms & -rooms).bit_length() - 1
+        for place in reversed(range(len(rows_with[room]))):
+            if images_in[rows_with[room][place]] <= images:
+                return room, place
+        rooms &= rooms - 1
+    return None
+
+
+def _cut_long(parts: Parts, seq_length: int) -> Parts:
+    """Parts of at most a row each: those that are longer are cut into whole rows and a rest."""
+    pieces = np.maximum(-(-parts.length // seq_length), 1)
+    of = np.repeat(np.arange(len(parts.length)), pieces)
+    offset = (np.arange(len(of)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * seq_length
+    return Parts(
+        document=parts.document[of],
+        start=parts.start[of] + offset,
+        length=np.minimum(parts.length[of] - offset, seq_length),
+        images=parts.images[of],
+    )
+
+
+def cut_between_images(
+    length: int, image_starts: list[int], positions: int, seq_length: int, max_images: int
+) -> list[int]:
+    """Where to cut a document with images that is longer than a row: the parts' starts, from 0.
+
+    Each part holds at most `seq_length` positions and `max_images` images, none of them cut. An image takes
+    `positions` positions, at most a row.
+    """
+    starts, at, seen = [0], 0, 0
+    while True:
+        limit = at + seq_length
+        if seen + max_images < len(image_starts):
+            limit = min(limit, image_starts[seen + max_images])
+        if limit >= length:
+            return starts
+        inside = bisect.bisect_left(image_starts, limit) - 1
+        if inside >= 0 and image_starts[inside] < limit < image_starts[inside] + positions:
+            limit = image_starts[inside]
+        at, seen = limit, bisect.bisect_left(image_starts, limit)
+        starts.append(at)

@@ -1,7 +1,10 @@
-"""Arrow IPC shards and their manifest: what is on disk."""
+"""Arrow IPC shards, their indexes and their manifest: what is on disk. docs/data-format.md specifies it."""
 
+import itertools
 import json
 import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,30 +12,29 @@ import pyarrow as pa
 import xxhash
 from pydantic import ValidationError
 
+from armillary.data_pipeline.document import Encoded
 from armillary.errors import DataError
 from armillary.table import SealedTable, Table
 
 MANIFEST = "manifest.json"
-FORMAT = 2
-SCHEMA = pa.schema(
-    [
-        ("tokens", pa.list_(pa.int32())),
-        ("learned", pa.list_(pa.uint8())),
-        ("images", pa.list_(pa.binary())),
-    ]
-)
+FORMAT = 3
+BATCH_BYTES = 4 << 20  # of tokens and images; a batch is the least that is checked when a part of it is read
+BATCH_DOCUMENTS = 16384
+REBUILD = "restore the file, or run `armillary data build JOB.toml --force`"
 
 
 class Shard(Table):
-    """One file: its counts, bytes and xxh3-64 checksum (hex)."""
+    """One shard and its index: names, counts, bytes and xxh3-64 checksums (hex) of both files."""
 
     file: str
     documents: int
     tokens: int
-    learned_tokens: int
     images: int
     bytes: int
     xxh3: str
+    index_file: str
+    index_bytes: int
+    index_xxh3: str
 
 
 class Manifest(SealedTable):
@@ -42,7 +44,25 @@ class Manifest(SealedTable):
     arrow_schema: str
     built_from: dict
     tokenizer: str
+    tokenizer_xxh3: str
     sources: dict[str, tuple[Shard, ...]]
+
+
+def schema_of(vocab_size: int) -> pa.Schema:
+    """A record is a document. Token numbers take 16 bits where the vocabulary allows it."""
+    token = pa.uint16() if vocab_size <= 1 << 16 else pa.uint32()
+    return pa.schema(
+        [
+            ("tokens", pa.list_(token)),
+            ("spans", pa.list_(pa.struct([("end", pa.uint32()), ("role", pa.uint8())]))),
+            ("images", pa.list_(pa.struct([("at", pa.uint32()), ("data", pa.binary())]))),
+            ("weight", pa.float32()),
+            ("name", pa.string()),
+        ]
+    )
+
+
+INDEX_SCHEMA = pa.schema([("tokens", pa.uint32()), ("images", pa.uint32())])
 
 
 def checksum(path: Path) -> str:
@@ -54,29 +74,221 @@ def checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_shard(path: Path, rows: list[tuple[np.ndarray, np.ndarray, list[bytes]]]) -> Shard:
-    """Write documents (tokens int32 [n], learned uint8 [n], images) as one Arrow IPC file, synced to disk."""
-    tokens, learned, images = zip(*rows, strict=True)
-    offsets = np.concatenate([[0], np.cumsum([len(t) for t in tokens])]).astype(np.int32)
-    columns = [
-        pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(tokens), pa.int32())),
-        pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(learned), pa.uint8())),
-        pa.array(images, SCHEMA.field("images").type),
-    ]
-    with open(path, "wb") as file:
-        with pa.ipc.new_file(file, SCHEMA) as writer:
-            writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
-        file.flush()
-        os.fsync(file.fileno())
-    return Shard(
-        file=path.name,
-        documents=len(rows),
-        tokens=int(offsets[-1]),
-        learned_tokens=int(sum(int(x.sum()) for x in learned)),
-        images=sum(map(len, images)),
-        bytes=path.stat().st_size,
-        xxh3=checksum(path),
-    )
+def record_batch(documents: list[Encoded], schema: pa.Schema) -> pa.RecordBatch:
+    """Documents as one Arrow batch of `schema_of(...)`."""
+    spans = [span for document in documents for span in document.spans]
+    images = [image for document in documents for image in document.images]
+    tokens = np.fromiter(itertools.chain.from_iterable(d.tokens for d in documents), np.uint32)
+    columns = {
+        "tokens": pa.array(tokens, schema.field("tokens").type.value_type),
+        "spans": _structs(schema, "spans", spans),
+        "images": _structs(schema, "images", images),
+    }
+    for name, values in columns.items():
+        ends = np.cumsum([0] + [len(getattr(document, name)) for document in documents])
+        columns[name] = pa.ListArray.from_arrays(ends.astype(np.int32), values)
+    weights, names = [d.weight for d in documents], [d.name for d in documents]
+    return pa.record_batch([*columns.values(), pa.array(weights, pa.float32()), pa.array(names)], schema=schema)
+
+
+def _structs(schema: pa.Schema, column: str, rows: list[tuple]) -> pa.StructArray:
+    fields = list(schema.field(column).type.value_type)
+    arrays = [pa.array([row[i] for row in rows], field.type) for i, field in enumerate(fields)]
+    return pa.StructArray.from_arrays(arrays, fields=fields)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A batch of documents as numpy views of its Arrow buffers. Document i's tokens are
+    tokens[offsets[i]:offsets[i + 1]], and so on; an image's file is data[data_offsets[j]:data_offsets[j + 1]]."""
+
+    tokens: np.ndarray  # uint16 or uint32
+    offsets: np.ndarray  # int32 [documents + 1]
+    span_ends: np.ndarray  # uint32
+    span_roles: np.ndarray  # uint8
+    span_offsets: np.ndarray  # int32 [documents + 1]
+    image_at: np.ndarray  # uint32
+    image_offsets: np.ndarray  # int32 [documents + 1]
+    data: np.ndarray  # uint8
+    data_offsets: np.ndarray  # int32 [images + 1]
+    weights: np.ndarray  # float32 [documents]
+    names: pa.StringArray
+
+    @classmethod
+    def of(cls, batch: pa.RecordBatch) -> "Columns":
+        tokens, spans, images, weights, names = batch.columns
+        _, data_offsets, data = images.values.field(1).buffers()
+        return cls(
+            tokens.values.to_numpy(),
+            tokens.offsets.to_numpy(),
+            spans.values.field(0).to_numpy(),
+            spans.values.field(1).to_numpy(),
+            spans.offsets.to_numpy(),
+            images.values.field(0).to_numpy(),
+            images.offsets.to_numpy(),
+            np.frombuffer(data, np.uint8) if data is not None and data.size else np.empty(0, np.uint8),
+            np.frombuffer(data_offsets, np.int32) if data_offsets is not None else np.zeros(1, np.int32),
+            weights.to_numpy(),
+            names,
+        )
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def spans(self, row: int) -> list[tuple[int, int]]:
+        """(end, role) of a document's stretches, see document.Encoded."""
+        stretch = slice(self.span_offsets[row], self.span_offsets[row + 1])
+        return list(zip(self.span_ends[stretch].tolist(), self.span_roles[stretch].tolist(), strict=True))
+
+    def image(self, number: int) -> np.ndarray:
+        """An image's file, uint8 [bytes]."""
+        return self.data[self.data_offsets[number] : self.data_offsets[number + 1]]
+
+
+def write_shards(
+    folder: Path,
+    stem: str,
+    documents: Iterable[Encoded],
+    schema: pa.Schema,
+    shard_bytes: int,
+    compression: str = "none",
+) -> Iterator[Shard]:
+    """Write documents as `stem`-00000.arrow, -00001.arrow, ... of about `shard_bytes` each, with their indexes.
+
+    Each shard is given out when both its files are whole and synced. compression: "none" or "zstd".
+    """
+    batches = _batches(documents, min(BATCH_BYTES, -(-shard_bytes // 8)))
+    number, batch = 0, next(batches, None)
+    while batch is not None:
+        path = folder / f"{stem}-{number:05d}.arrow"
+        writer = _ShardWriter(path, schema, compression)
+        while batch is not None and writer.bytes < shard_bytes:
+            writer.write(batch)
+            batch = next(batches, None)
+        yield writer.close()
+        number += 1
+
+
+def _batches(documents: Iterable[Encoded], size: int) -> Iterator[list[Encoded]]:
+    batch, held = [], 0
+    for document in documents:
+        batch.append(document)
+        held += 4 * len(document.tokens) + sum(len(data) for _, data in document.images)
+        if held >= size or len(batch) == BATCH_DOCUMENTS:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
+
+
+class _ShardWriter:
+    """One shard in the making. Its index says of each batch where its bytes are and what they must be."""
+
+    def __init__(self, path: Path, schema: pa.Schema, compression: str):
+        self._path, self._schema = path, schema
+        self._file = pa.OSFile(str(path), "wb")
+        options = pa.ipc.IpcWriteOptions(compression=None if compression == "none" else compression)
+        self._writer = pa.ipc.new_file(self._file, schema, options=options)
+        self._tokens: list[int] = []
+        self._images: list[int] = []
+        self._ends: list[tuple[int, int]] = []  # bytes, documents
+
+    @property
+    def bytes(self) -> int:
+        return self._file.tell()
+
+    def write(self, documents: list[Encoded]) -> None:
+        self._writer.write_batch(record_batch(documents, self._schema))
+        self._tokens += [len(document.tokens) for document in documents]
+        self._images += [len(document.images) for document in documents]
+        self._ends.append((self._file.tell(), len(self._tokens)))
+
+    def close(self) -> Shard:
+        self._writer.close()
+        self._file.close()
+        _sync(self._path)
+        raw = pa.memory_map(str(self._path)).read_buffer()
+        start = 8 + self._schema.serialize().size  # behind the magic number and the schema's message
+        batches = []
+        for stop, documents in self._ends:
+            digest = xxhash.xxh3_64_hexdigest(raw.slice(start, stop - start))
+            batches.append({"start": start, "stop": stop, "documents": documents, "xxh3": digest})
+            start = stop
+        index_path = self._path.with_suffix(".index.arrow")
+        schema = INDEX_SCHEMA.with_metadata({"batches": json.dumps(batches)})
+        with pa.OSFile(str(index_path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+            writer.write_batch(
+                pa.record_batch(
+                    [pa.array(self._tokens, pa.uint32()), pa.array(self._images, pa.uint32())], schema=schema
+                )
+            )
+        _sync(index_path)
+        return Shard(
+            file=self._path.name,
+            documents=len(self._tokens),
+            tokens=sum(self._tokens),
+            images=sum(self._images),
+            bytes=self._path.stat().st_size,
+            xxh3=checksum(self._path),
+            index_file=index_path.name,
+            index_bytes=index_path.stat().st_size,
+            index_xxh3=checksum(index_path),
+        )
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class ShardReader:
+    """A memory-mapped shard: its documents' sizes at once, its batches when they are asked for."""
+
+    def __init__(self, folder: Path, shard: Shard, schema: pa.Schema):
+        self._path, self._schema = folder / shard.file, schema
+        index_path = folder / shard.index_file
+        for path, size in ((self._path, shard.bytes), (index_path, shard.index_bytes)):
+            check_size(path, size)
+        if (found := checksum(index_path)) != shard.index_xxh3:
+            raise DataError(
+                f"a shard's index is corrupted: checksum {found}, manifest {shard.index_xxh3}", index_path, REBUILD
+            )
+        reader = pa.ipc.open_file(pa.memory_map(str(index_path)))
+        index = reader.get_batch(0)
+        self.tokens: np.ndarray = index.column(0).to_numpy()  # uint32 [documents]
+        self.images: np.ndarray = index.column(1).to_numpy()  # uint32 [documents]
+        self._batches = json.loads(reader.schema.metadata[b"batches"])
+        self.batch_ends = np.array([batch["documents"] for batch in self._batches], np.int64)
+        self._file = pa.memory_map(str(self._path)).read_buffer()
+        self._checked = np.zeros(len(self._batches), bool)
+
+    def columns(self, number: int) -> Columns:
+        """Batch `number`; DataError where its bytes are not those that were written (checked once)."""
+        batch = self._batches[number]
+        raw = self._file.slice(batch["start"], batch["stop"] - batch["start"])
+        if not self._checked[number]:
+            found = xxhash.xxh3_64_hexdigest(raw)
+            if found != batch["xxh3"]:
+                raise DataError(
+                    f"batch {number} of a shard is corrupted: checksum {found}, index {batch['xxh3']}",
+                    self._path,
+                    REBUILD,
+                )
+            self._checked[number] = True
+        return Columns.of(pa.ipc.read_record_batch(raw, self._schema))
+
+
+def check_size(path: Path, size: int) -> None:
+    """DataError unless a file of `size` bytes is there."""
+    try:
+        found = path.stat().st_size
+    except FileNotFoundError:
+        raise DataError("a shard's file is missing", path, REBUILD) from None
+    if found != size:
+        raise DataError(f"a shard's file has {found} bytes where the manifest says {size}", path, REBUILD)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -89,38 +301,21 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a folder of shards; DataError where there is none or it is damaged."""
-    rebuild = "run `armillary data build JOB.toml --force`"
     path = folder / MANIFEST
     try:
-        manifest = Manifest.model_validate(json.loads(path.read_text()))
+        tables = json.loads(path.read_text())
+        if isinstance(tables, dict) and tables.get("format", FORMAT) != FORMAT:
+            raise DataError(f"the shards are of format {tables['format']}, this version reads {FORMAT}", path, REBUILD)
+        manifest = Manifest.model_validate(tables)
     except (FileNotFoundError, NotADirectoryError):
         raise DataError("there are no shards here", folder, "run `armillary data build JOB.toml`") from None
     except (ValidationError, ValueError) as error:
-        raise DataError(f"the manifest cannot be read: {str(error).splitlines()[0]}", path, rebuild) from None
-    if manifest.format != FORMAT:
-        raise DataError(f"the shards are of format {manifest.format}, this version reads {FORMAT}", path, rebuild)
+        raise DataError(f"the manifest cannot be read: {str(error).splitlines()[0]}", path, REBUILD) from None
     if not manifest.intact:
-        raise DataError("the manifest is damaged: its checksum does not fit", path, rebuild)
-    for shards in manifest.sources.values():
-        for shard in shards:
-            if Path(shard.file).name != shard.file:
-                raise DataError(f"the manifest names a file outside its folder: {shard.file}", path, rebuild)
+        raise DataError("the manifest is damaged: its checksum does not fit", path, REBUILD)
+    if xxhash.xxh3_64_hexdigest(manifest.tokenizer.encode()) != manifest.tokenizer_xxh3:
+        raise DataError("the tokenizer is not the one that the shards were built with", path, REBUILD)
+    for name in (n for shards in manifest.sources.values() for shard in shards for n in (shard.file, shard.index_file)):
+        if Path(name).name != name:
+            raise DataError(f"the manifest names a file outside its folder: {name}", path, REBUILD)
     return manifest
-
-
-def open_shard(folder: Path, shard: Shard) -> pa.RecordBatch:
-    """Memory-map one shard after checking its size and checksum against the manifest."""
-    path, rebuild = folder / shard.file, "restore the file, or run `armillary data build JOB.toml --force`"
-    try:
-        size = path.stat().st_size
-    except FileNotFoundError:
-        raise DataError("a shard is missing", path, rebuild) from None
-    if size != shard.bytes:
-        raise DataError(f"a shard has {size} bytes where its manifest says {shard.bytes}", path, rebuild)
-    found = checksum(path)
-    if found != shard.xxh3:
-        raise DataError(f"a shard is corrupted: checksum {found}, manifest {shard.xxh3}", path, rebuild)
-    reader = pa.ipc.open_file(pa.memory_map(str(path)))
-    if not reader.schema.equals(SCHEMA):
-        raise DataError("a shard has another schema than this version writes", path, rebuild)
-    return reader.get_batch(0)

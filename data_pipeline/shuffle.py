@@ -5,6 +5,8 @@ outside are walked along their cycle until they fall inside (Black and Rogaway, 
 Finite Domains", 2002, section 3). Everything is vectorised over numpy arrays.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 ROUNDS = 4
@@ -18,32 +20,54 @@ def mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def key_of(*parts: int) -> np.uint64:
-    """One 64-bit key from several integers, order included."""
+def key_of(*parts: int | np.ndarray) -> np.uint64 | np.ndarray:
+    """One 64-bit key from several integers, order included; an array of keys if one of them is an array."""
     key = np.uint64(0)
     with np.errstate(over="ignore"):
         for part in parts:
-            key = mix(np.asarray((int(key) ^ (part % 2**64)), np.uint64) + _GOLDEN)[()]
+            part = np.uint64(part % 2**64) if isinstance(part, int) else part.astype(np.uint64)
+            key = mix((key ^ part) + _GOLDEN)
     return key
 
 
-def permute(indices: np.ndarray, size: int, key: np.uint64) -> np.ndarray:
+def permute(indices: np.ndarray, size: int, key: np.uint64 | np.ndarray) -> np.ndarray:
     """Where each index of `range(size)` goes under the permutation that `key` names.
 
-    indices: integers in [0, size), any shape. Returns int64 of the same shape; a bijection of `range(size)`.
+    indices: integers in [0, size), any shape; key: one, or one for each index. Returns int64 of the indices' shape;
+    for each key a bijection of `range(size)`.
     """
+    return _walk(indices, size, _forward, key)
+
+
+def unpermute(indices: np.ndarray, size: int, key: np.uint64 | np.ndarray) -> np.ndarray:
+    """The inverse of `permute` with the same size and key."""
+    return _walk(indices, size, _backward, key)
+
+
+def _walk(indices: np.ndarray, size: int, network: Callable, key: np.uint64 | np.ndarray) -> np.ndarray:
     half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
-    half_mask = np.uint64((1 << int(half_bits)) - 1)
-    out = np.asarray(indices).astype(np.uint64).ravel()
-    walking = np.arange(out.size)
     with np.errstate(over="ignore"):
         round_keys = [mix(key + np.uint64(r + 1) * _GOLDEN) for r in range(ROUNDS)]
+        out = network(np.asarray(indices).astype(np.uint64).ravel(), half_bits, round_keys)
+        walking = np.flatnonzero(out >= np.uint64(size))
         while walking.size:
-            x = out[walking]
-            left, right = x >> half_bits, x & half_mask
-            for round_key in round_keys:
-                left, right = right, left ^ (mix(right ^ round_key) & half_mask)
-            x = (left << half_bits) | right
-            out[walking] = x
-            walking = walking[x >= np.uint64(size)]
+            own_keys = [k[walking] if np.ndim(k) else k for k in round_keys]
+            out[walking] = network(out[walking], half_bits, own_keys)
+            walking = walking[out[walking] >= np.uint64(size)]
     return out.astype(np.int64).reshape(np.shape(indices))
+
+
+def _forward(x: np.ndarray, half_bits: np.uint64, round_keys: list[np.uint64]) -> np.ndarray:
+    mask = (np.uint64(1) << half_bits) - np.uint64(1)
+    left, right = x >> half_bits, x & mask
+    for key in round_keys:
+        left, right = right, left ^ (mix(right ^ key) & mask)
+    return (left << half_bits) | right
+
+
+def _backward(x: np.ndarray, half_bits: np.uint64, round_keys: list[np.uint64]) -> np.ndarray:
+    mask = (np.uint64(1) << half_bits) - np.uint64(1)
+    left, right = x >> half_bits, x & mask
+    for key in reversed(round_keys):
+        left, right = right ^ (mix(left ^ key) & mask), left
+    return (left << half_bits) | right

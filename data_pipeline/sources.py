@@ -1,41 +1,15 @@
 """Sources: where documents come from before they are tokens."""
 
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
-
 from armillary.data_pipeline.config import SourceConfig
+from armillary.data_pipeline.document import Answer, Document, Picture, Text
+from armillary.data_pipeline.images import decode
 from armillary.errors import DataError
-
-
-@dataclass(frozen=True)
-class Text:
-    """A stretch of text; `learned`: whether the model is trained to produce it."""
-
-    text: str
-    learned: bool
-
-
-@dataclass(frozen=True)
-class Picture:
-    """An image file's bytes, as they are on disk."""
-
-    data: bytes
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A text that answers what stands before it, and is learned."""
-
-    text: str
-
-
-Document = tuple[Text | Picture | Answer, ...]
 
 
 @dataclass(frozen=True)
@@ -78,27 +52,27 @@ def read_image(path: Path) -> bytes:
     except OSError as error:
         raise DataError(f"an image cannot be read: {error.strerror}", path, "check the path") from None
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"an image cannot be decoded: {error}", path, "repair or remove the file") from None
+        decode(data)
+    except DataError as error:
+        raise DataError(error.what, path, error.fix) from None
     return data
 
 
 def _easy_vqa_documents(source: SourceConfig) -> Iterator[Document]:
     images: dict[Path, bytes] = {}
-    for question in easy_vqa_questions("train", source.path):
+    for number, question in enumerate(easy_vqa_questions("train", source.path)):
         if question.image not in images:
             images[question.image] = read_image(question.image)
-        yield Picture(images[question.image]), Text(question.text, learned=False), Answer(question.answer)
+        parts = Picture(images[question.image]), Text(question.text, learned=False), Answer(question.answer)
+        yield Document(parts, f"train/questions.json[{number}]")
 
 
 def _pydoc_documents() -> Iterator[Document]:
     from pydoc_data.topics import topics
 
-    for _, text in sorted(topics.items()):
-        for section in _sections(text, 300):
-            yield (Text(section, learned=True),)
+    for topic, text in sorted(topics.items()):
+        for number, section in enumerate(_sections(text, 300)):
+            yield Document((Text(section),), f"{topic}[{number}]")
 
 
 def _sections(text: str, size: int) -> Iterator[str]:

@@ -2,11 +2,10 @@
 
 from collections.abc import Iterable
 
-import numpy as np
 from tokenizers import Tokenizer as BPE
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from armillary.data_pipeline.sources import Answer, Document, Picture, Text
+from armillary.data_pipeline.document import Answer, Document, Encoded, Picture, Role, Text
 from armillary.errors import DataError
 
 IMAGE, ANSWER, END = "<|image|>", "<|answer|>", "<|end|>"
@@ -64,34 +63,31 @@ class Tokenizer:
         """The text of `tokens`, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
         return self._bpe.decode(list(tokens), skip_special_tokens=True)
 
-    def encode_document(self, document: Document) -> tuple[np.ndarray, np.ndarray, list[bytes]]:
-        """Tokens (int32 [n]), whether each is learned (uint8 [n]), and the images in their order."""
-        tokens: list[int] = []
-        learned: list[bool] = []
-        images: list[bytes] = []
+    def encode_document(self, document: Document) -> Encoded:
+        """The document as shards hold it: an image token for each picture, an end behind each answer or text."""
+        encoded, spans = Encoded(name=document.name, weight=document.weight), []
 
-        def put(ids: list[int], learn: bool):
-            tokens.extend(ids)
-            learned.extend([learn] * len(ids))
+        def put(ids: list[int], role: Role):
+            encoded.tokens.extend(ids)
+            if spans and spans[-1][1] == role:
+                spans.pop()
+            spans.append((len(encoded.tokens), role))
 
-        for part in document:
+        for part in document.parts:
             match part:
                 case Picture(data):
-                    images.append(data)
-                    put([self.image], False)
-                case Text(text, learn):
-                    put(self.encode(text), learn)
+                    encoded.images.append((len(encoded.tokens), data))
+                    put([self.image], Role.PROMPT)
+                case Text(text, learned):
+                    put(self.encode(text), Role.TEXT if learned else Role.PROMPT)
                 case Answer(text):
-                    put([self.answer], False)
-                    put([*self.encode(text), self.end], True)
-        if not isinstance(document[-1], Answer):
-            put([self.end], True)
-        return np.asarray(tokens, np.int32), np.asarray(learned, np.uint8), images
-
-
-def document_texts(document: Document) -> list[str]:
-    """The texts of a document, for training a tokenizer."""
-    return [part.text for part in document if not isinstance(part, Picture)]
+                    put([self.answer], Role.PROMPT)
+                    put([*self.encode(text), self.end], Role.ANSWER)
+        if not isinstance(document.parts[-1], Answer):
+            put([self.end], Role.TEXT)
+        if spans != [(len(encoded.tokens), Role.TEXT)]:
+            encoded.spans.extend(spans)
+        return encoded
 
 
 def _cut(text: str, special: str) -> list[str]:

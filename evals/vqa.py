@@ -8,8 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from armillary.data_pipeline.batch import ImageShape, PackedBatch, Sequence, assemble, lay_out
-from armillary.data_pipeline.sources import Answer, Picture, Question, Text, easy_vqa_questions, read_image
+from armillary.data_pipeline.batch import PackedBatch, assemble, whole_documents
+from armillary.data_pipeline.document import Answer, Document, Picture, Text
+from armillary.data_pipeline.images import ImageShape
+from armillary.data_pipeline.shards import Columns, record_batch, schema_of
+from armillary.data_pipeline.sources import Question, easy_vqa_questions, read_image
 from armillary.data_pipeline.tokenizer import Tokenizer
 from armillary.training.config import TrainJob
 from armillary.training.inference import load_model
@@ -49,11 +52,11 @@ def evaluate(
 
     def predict(batch: PackedBatch) -> np.ndarray:
         parameter = next(model.parameters())
-        logits = model(to_inputs(batch, parameter.device, parameter.dtype))
+        logits = model(to_inputs(batch, parameter.device))
         return logits[:, 0].argmax(-1).cpu().numpy()
 
     correct = total = 0
-    for batch in batches(test, tokenizer, job.image_shape, max(job.data.seq_length, 512), rows=8):
+    for batch in batches(test, tokenizer, job.image_shape, max(job.data.seq_length, 512)):
         right, asked = score(predict(batch), batch)
         correct, total = correct + right, total + asked
         progress(total, len(test))
@@ -74,23 +77,18 @@ def blind_accuracy(train: list[Question], test: list[Question]) -> float:
 
 
 def batches(
-    questions: list[Question], tokenizer: Tokenizer, shape: ImageShape, seq_length: int, rows: int
+    questions: list[Question], tokenizer: Tokenizer, shape: ImageShape, seq_length: int, at_once: int = 128
 ) -> Iterator[PackedBatch]:
     """The questions with their answers, packed in order; every learned label is a token of an answer."""
-    packed: list[list[Sequence]] = [[]]
-    room = seq_length
-    for question in questions:
-        document = (Picture(read_image(question.image)), Text(question.text, learned=False), Answer(question.answer))
-        sequence = lay_out(*tokenizer.encode_document(document), tokenizer.image, shape.positions)
-        if len(sequence.tokens) > room:
-            if len(packed) == rows:
-                yield assemble(packed, seq_length, shape)
-                packed = []
-            packed.append([])
-            room = seq_length
-        packed[-1].append(sequence)
-        room -= len(sequence.tokens)
-    yield assemble(packed, seq_length, shape)
+    schema = schema_of(tokenizer.size)
+    for start in range(0, len(questions), at_once):
+        documents = [
+            Document((Picture(read_image(q.image)), Text(q.text, learned=False), Answer(q.answer)))
+            for q in questions[start : start + at_once]
+        ]
+        columns = Columns.of(record_batch([tokenizer.encode_document(d) for d in documents], schema))
+        pieces, rows = whole_documents(columns, seq_length, shape)
+        yield assemble(pieces, rows, seq_length, shape, tokenizer.image)
 
 
 def score(predicted_T: np.ndarray, batch: PackedBatch) -> tuple[int, int]:
@@ -100,7 +98,7 @@ def score(predicted_T: np.ndarray, batch: PackedBatch) -> tuple[int, int]:
     the likeliest at its place: one pass over question and answer scores as decoding would.
     """
     right = (predicted_T == batch.labels_T) | (batch.loss_mask_T == 0)
-    answered = batch.segment_ids_T >= 0
-    questions = np.unique(batch.segment_ids_T[answered])
-    wrong = np.unique(batch.segment_ids_T[answered & ~right])
-    return len(questions) - len(wrong), len(questions)
+    questions = batch.piece_sources >= 0
+    wrong = np.zeros(len(questions), bool)
+    wrong[batch.piece_ids_T[~right]] = True
+    return int((questions & ~wrong).sum()), int(questions.sum())

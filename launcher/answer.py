@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from armillary.data_pipeline.batch import assemble, lay_out
-from armillary.data_pipeline.sources import Picture, Text
+from armillary.data_pipeline.batch import assemble, whole_documents
+from armillary.data_pipeline.document import Document, Picture, Role, Text
+from armillary.data_pipeline.shards import Columns, record_batch, schema_of
 from armillary.launcher.run import Run
 from armillary.model.generation import generate
 from armillary.training.inference import load_model
@@ -26,23 +26,21 @@ class Answerer:
     ) -> str:
         """With an image (a file's bytes) the answer to a question about it; without one, the text's continuation."""
         tokenizer, shape = self._tokenizer, self._job.image_shape
-        if image is None:
-            tokens, learned, images = np.asarray(tokenizer.encode(prompt), np.int32), None, []
-        else:
-            tokens, learned, images = tokenizer.encode_document((Picture(image), Text(prompt, learned=False)))
-            tokens[-1] = tokenizer.answer  # in place of the document's end
-        # A sequence's inputs end one token before its document: the last token has nothing to predict there.
-        tokens = np.append(tokens, tokenizer.end).astype(np.int32)
-        learned = np.zeros(len(tokens), np.uint8)
-        sequence = lay_out(tokens, learned, images, tokenizer.image, shape.positions)
-        batch = assemble([[sequence]], len(sequence.tokens), shape)
-        parameter = next(self._model.parameters())
+        parts = (Text(prompt),) if image is None else (Picture(image), Text(prompt, learned=False))
+        encoded = tokenizer.encode_document(Document(parts))
+        # A document's last token is no input. Before it stand the prompt and, with an image, what asks for an answer.
+        encoded.tokens = encoded.tokens[:-1] + ([tokenizer.answer] if image is not None else []) + [tokenizer.end]
+        encoded.spans = [(len(encoded.tokens), Role.PROMPT)]
+        columns = Columns.of(record_batch([encoded], schema_of(tokenizer.size)))
+        length = len(encoded.tokens) - 1 + len(encoded.images) * (shape.positions - 1)
+        pieces, rows = whole_documents(columns, length, shape)
+        device = next(self._model.parameters()).device
         written = generate(
             self._model,
-            to_inputs(batch, parameter.device, parameter.dtype),
+            to_inputs(assemble(pieces, rows, length, shape, tokenizer.image), device),
             max_tokens,
             tokenizer.end,
             temperature,
-            torch.Generator(parameter.device).manual_seed(seed),
+            torch.Generator(device).manual_seed(seed),
         )
         return tokenizer.decode(written)

@@ -22,7 +22,7 @@ class Inputs:
     tokens_T: torch.Tensor  # int64
     positions_T: torch.Tensor  # int64
     cu_seqlens: torch.Tensor  # int32 [documents + 1]
-    patches_IND: torch.Tensor  # params dtype: images x patches x patch_dim
+    patches_IND: torch.Tensor  # uint8: images x patches x patch_dim
     image_starts_I: torch.Tensor  # int64
 
 
@@ -146,7 +146,7 @@ class MultimodalModel(MegatronModule):
         ranks under sequence parallelism."""
         hidden_TH = self.embedding(inputs.tokens_T)
         if len(inputs.image_starts_I):
-            features = self.projector(self.vision(inputs.patches_IND)).flatten(0, 1)
+            features = self.projector(self.vision(self.normalise(inputs.patches_IND))).flatten(0, 1)
             offsets = torch.arange(self.model.image_positions, device=features.device)
             places = (inputs.image_starts_I[:, None] + offsets).flatten()
             hidden_TH = hidden_TH.index_copy(0, places, features)
@@ -158,6 +158,11 @@ class MultimodalModel(MegatronModule):
         if self.config.sequence_parallel:
             hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden)
         return hidden
+
+    def normalise(self, patches: torch.Tensor) -> torch.Tensor:
+        """Pixels (uint8) as the image encoder takes them: (pixel / 255 - image_mean) / image_std, params dtype."""
+        pixels = patches.float() / 255
+        return ((pixels - self.model.image_mean) / self.model.image_std).to(self.config.params_dtype)
 
 
 def token_losses(logits: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:

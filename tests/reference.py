@@ -61,9 +61,10 @@ class Reference(nn.Module):
         return x + (F.silu(gate) * up) @ self.w(f"{prefix}.mlp.linear_fc2.weight").T
 
     def encode_image(self, patches):
-        """patches [n, patch_dim] -> decoder inputs [n / merge^2, hidden]."""
+        """patches [n, patch_dim] of pixels 0 to 255 -> decoder inputs [n / merge^2, hidden]."""
         c = self.config
-        x = patches @ self.w("vision.patch_embedding.weight").T + self.w("vision.position_embedding")
+        pixels = (patches.to(self.w("output.weight").dtype) / 255 - c.image_mean) / c.image_std
+        x = pixels @ self.w("vision.patch_embedding.weight").T + self.w("vision.position_embedding")
         for i in range(c.vision_layers):
             x = self.block(x, f"vision.encoder.layers.{i}", c.vision_num_heads, c.vision_num_heads, False, None)
         x = rms_norm(x, self.w("vision.encoder.final_layernorm.weight"), c.norm_eps)
@@ -93,10 +94,10 @@ class Reference(nn.Module):
                 continue
             inside = [i for i, at in enumerate(batch.image_starts_I) if start <= at < stop]
             logits = self.document(
-                torch.from_numpy(batch.tokens_T[start:stop]),
-                torch.from_numpy(batch.patches_IND[inside]).to(dtype),
+                torch.from_numpy(batch.tokens_T[start:stop]).long(),
+                torch.from_numpy(batch.patches_IND[inside]),
                 [int(batch.image_starts_I[i] - start) for i in inside],
             )
-            labels = torch.from_numpy(batch.labels_T[start:stop])
+            labels = torch.from_numpy(batch.labels_T[start:stop]).long()
             total = total + (F.cross_entropy(logits, labels, reduction="none") * mask).sum()
         return total / learned_tokens

@@ -5,8 +5,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from armillary.data_pipeline.batch import ImageShape
 from armillary.data_pipeline.config import DataConfig
+from armillary.data_pipeline.images import ImageShape
 from armillary.model.config import ModelConfig
 from armillary.table import Table
 from armillary.training.layout import Layout
@@ -73,8 +73,7 @@ class TrainJob(Table):
 
     @property
     def image_shape(self) -> ImageShape:
-        model = self.model
-        return ImageShape(model.image_size, model.patch_size, model.patch_merge, model.image_mean, model.image_std)
+        return ImageShape(self.model.image_size, self.model.patch_size, self.model.patch_merge)
 
     @property
     def tokens_per_step(self) -> int:

@@ -88,18 +88,18 @@ class Trainer:
         step = next(self.data)
         waited = time.perf_counter() - started
         rate = self.job.optimizer.rate(self.step, self.job.training.steps)
-        kinds = [source.kind for source in self.job.data.sources]
-        result = train_step(self.model, self.engine, step, len(kinds), rate, self.rank.device, stop)
+        names = [source.name for source in self.job.data.sources]
+        result = train_step(self.model, self.engine, step, len(names), rate, self.rank.device, stop)
         self.step, self.cursor, self.loss = self.step + 1, step.after, result.loss
         self.tokens += self.job.tokens_per_step
         record = {
             "step": self.step,
             "loss": result.loss,
-            "source_loss": {k: x for k, x in zip(kinds, result.source_losses, strict=True) if x is not None},
+            "source_loss": {n: x for n, x in zip(names, result.source_losses, strict=True) if x is not None},
             "grad_norm": result.grad_norm,
             "learning_rate": rate,
             "tokens": self.tokens,
-            "sample": step.after.sample,
+            "cursor": step.after.model_dump(),
             "time": time.time(),
             "seconds": time.perf_counter() - started,
             "data_wait_seconds": waited,
@@ -186,7 +186,7 @@ def _train(trainer: Trainer, observer: Observer, metrics: Metrics) -> None:
             metrics.nonfinite_steps.inc()
             raise RunError(
                 f"the loss is {record['loss']} and the gradient norm {record['grad_norm']} at step {trainer.step}",
-                f"sample {record['sample']}",
+                f"data up to row {record['cursor']['row']} of block {record['cursor']['block']}",
                 "resume from the last checkpoint with a lower optimizer.learning_rate",
             )
         stop = stop or trainer.step >= until

@@ -31,15 +31,14 @@ class StepResult:
     reduce_seconds: float
 
 
-def to_inputs(batch: PackedBatch, device: torch.device, dtype: torch.dtype) -> Inputs:
-    """A batch's part that the model reads, on `device`; patches in the weights' dtype."""
-    as_tensor = torch.from_numpy
+def to_inputs(batch: PackedBatch, device: torch.device) -> Inputs:
+    """A batch's part that the model reads, on `device`."""
     return Inputs(
-        as_tensor(batch.tokens_T).to(device),
-        as_tensor(batch.positions_T).to(device),
-        as_tensor(batch.cu_seqlens).to(device),
-        as_tensor(batch.patches_IND).to(device, dtype),
-        as_tensor(batch.image_starts_I).to(device),
+        torch.from_numpy(batch.tokens_T).to(device).long(),
+        torch.from_numpy(batch.positions_T).to(device).long(),
+        torch.from_numpy(batch.cu_seqlens).to(device),
+        torch.from_numpy(batch.patches_IND).to(device),
+        torch.from_numpy(batch.image_starts_I).to(device),
     )
 
 
@@ -58,12 +57,12 @@ def train_step(
     """
     started = time.perf_counter()
     # ZeRO averages over data-parallel ranks; the mean we want is over the global batch's learned tokens.
-    scale = parallel_state.get_data_parallel_world_size() / step.learned_tokens
-    dtype = model.config.params_dtype
+    learned = _global_weight(step, device)
+    scale = parallel_state.get_data_parallel_world_size() / learned
 
     def forward(batches, model):
         batch = next(batches)
-        labels_T = torch.from_numpy(batch.labels_T).to(device)
+        labels_T = torch.from_numpy(batch.labels_T).to(device).long()
         mask_T = torch.from_numpy(batch.loss_mask_T).to(device)
         of_source_TS = torch.from_numpy(batch.source_ids_T[:, None] == np.arange(sources)).to(device)
 
@@ -72,7 +71,7 @@ def train_step(
             sums_2S = torch.stack([losses_T.detach(), mask_T]).double() @ of_source_TS.double()
             return losses_T.sum() * scale, mask_T.sum().int(), sums_2S
 
-        return model(to_inputs(batch, device, dtype)), loss
+        return model(to_inputs(batch, device)), loss
 
     sums = get_forward_backward_func()(
         forward_step_func=forward,
@@ -92,12 +91,20 @@ def train_step(
     agreed[-1] = stop
     dist.all_reduce(agreed)
     *figures, stops = agreed.tolist()
-    losses, learned = figures[:sources], figures[sources:]
+    losses, weights = figures[:sources], figures[sources:]
     return StepResult(
-        sum(losses) / step.learned_tokens,
-        [loss / tokens if tokens else None for loss, tokens in zip(losses, learned, strict=True)],
+        sum(losses) / learned,
+        [loss / weight if weight else None for loss, weight in zip(losses, weights, strict=True)],
         grad_norm,
         stops > 0,
         computed - started,
         time.perf_counter() - computed,
     )
+
+
+def _global_weight(step: Step, device: torch.device) -> float:
+    """The learned tokens of the global batch, by their weight; at least a trifle, so that none at all is no error."""
+    mine = sum(float(batch.loss_mask_T.sum(dtype=np.float64)) for batch in step.micro_batches)
+    total = torch.tensor(mine, dtype=torch.float64, device=device)
+    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    return total.item() or 1.0

@@ -1,189 +1,182 @@
-import io
 import itertools
+from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
-from armillary.data_pipeline.batch import ImageShape, assemble, lay_out, patchify, vary
 from armillary.data_pipeline.config import DataConfig
 from armillary.data_pipeline.cursor import Cursor
-from armillary.data_pipeline.loader import Loader, prefetch
-from armillary.data_pipeline.shuffle import key_of
+from armillary.data_pipeline.images import ImageShape, patchify
+from armillary.data_pipeline.loader import Loader
+from armillary.data_pipeline.prefetch import prefetch
+from armillary.errors import DataError
+from tests.data_pipeline.plain import decoded, lay_out
 
 SHAPE = ImageShape(64, 16)
-FIELDS = ("tokens_T", "labels_T", "loss_mask_T", "positions_T", "patches_IND")
+WORLDS = (1, 2, 3, 4, 8, 64)
+ROWS = 192  # of a global batch: every world divides it
+
+
+def loader_of(tables, **changes):
+    return Loader(DataConfig.model_validate(tables["data"] | changes), SHAPE)
 
 
 @pytest.fixture(scope="module")
 def loader(tables):
-    return Loader(DataConfig.model_validate(tables["data"]), SHAPE)
+    return loader_of(tables)
 
 
-def rows_of(steps, count):
-    """The first `count` steps' rows, as (tokens, labels, mask, positions) a row."""
-    rows = []
-    for _ in range(count):
-        for batch in next(steps).micro_batches:
-            stacked = np.stack([getattr(batch, name) for name in FIELDS[:4]])
-            rows += np.split(stacked, len(batch.tokens_T) // 128, axis=1)
-    steps.close()
-    return rows
+def row_names(rows):
+    """(block, row) of each row."""
+    return [(part.block.number, row) for part in rows for row in range(part.first, part.last)]
 
 
-@pytest.mark.parametrize(("ranks", "micro_batch"), [(1, 4), (1, 8), (2, 1), (4, 2), (8, 1)])
-def test_every_number_of_ranks_sees_the_same_rows(loader, ranks, micro_batch):
-    whole = rows_of(loader.steps(Cursor(), 8, 8, 0, 1), 3)
-    parts = [rows_of(loader.steps(Cursor(), 8, micro_batch, rank, ranks), 3) for rank in range(ranks)]
-    share = 8 // ranks
-    for step in range(3):
-        for rank in range(ranks):
-            for row in range(share):
-                expected = whole[step * 8 + rank * share + row]
-                assert np.array_equal(parts[rank][step * share + row], expected)
+def contents(batch):
+    """A batch's rows as comparable bytes."""
+    fields = (batch.tokens_T, batch.labels_T, batch.loss_mask_T, batch.positions_T, batch.source_ids_T)
+    return [b"".join(field[at : at + 128].tobytes() for field in fields) for at in range(0, len(batch.tokens_T), 128)]
 
 
-def test_goes_on_with_exactly_the_next_sample_at_another_batch_size(loader):
-    whole = rows_of(loader.steps(Cursor(), 4, 4, 0, 1), 6)
-    steps = loader.steps(Cursor(), 4, 4, 0, 1)
-    first = next(steps)
-    second = next(steps)
-    steps.close()
-    assert first.after.sample < second.after.sample
-    resumed = rows_of(loader.steps(second.after, 16, 4, 0, 1), 1)
-    assert all(np.array_equal(a, b) for a, b in zip(resumed, whole[8:24], strict=True))
+@pytest.mark.parametrize("packing", ["greedy", "best_fit"])
+def test_rows_hold_every_document_of_their_block_once(tables, packing):
+    """Against documents read back and laid out one by one in plain Python."""
+    loader = loader_of(tables, packing=packing)
+    block = loader.block(3)
+    rows, _ = loader.plan(Cursor(block=3), block.packed.rows)
+    pieces, count = loader.pieces(rows)
+    batch = loader.batch(rows, with_images=False)
+    assert count == block.packed.rows
+    laid = [
+        lay_out(decoded(columns, row), loader.tokenizer.image, SHAPE.positions)
+        for columns, row in zip(pieces.columns, pieces.row.tolist(), strict=True)
+    ]
+    seen = Counter()
+    for one, start, stop, at, document in zip(
+        laid, pieces.start, pieces.stop, pieces.at, block.packed.document, strict=True
+    ):
+        where = slice(at, at + stop - start)
+        assert batch.tokens_T[where].tolist() == one.tokens[start:stop]
+        assert batch.labels_T[where].tolist() == one.labels[start:stop]
+        assert batch.loss_mask_T[where].tolist() == one.mask[start:stop]
+        assert not any(start < place < stop < place + SHAPE.positions for place in one.image_starts), "an image is cut"
+        seen.update((int(document), position) for position in range(start, stop))
+    assert set(seen.values()) == {1}
+    assert len(seen) == block.packed.positions
+    whole = {int(d): len(one.tokens) for d, one in zip(block.packed.document, laid, strict=True)}
+    assert len(seen) == sum(whole.values()), "no position of a document is left out"
+    assert set(whole) == set(range(len(block.document)))
 
 
-def test_learned_tokens_count_the_global_batch(loader):
-    parts = [loader.steps(Cursor(), 8, 4, rank, 2) for rank in range(2)]
-    for _ in range(5):
-        steps = [next(part) for part in parts]
-        masks = [batch.loss_mask_T.sum() for step in steps for batch in step.micro_batches]
-        assert {step.learned_tokens for step in steps} == {int(sum(masks))}
-    for part in parts:
-        part.close()
+@given(st.sampled_from(WORLDS), st.sampled_from((1, 3)))
+@settings(max_examples=8, deadline=None)
+def test_every_number_of_ranks_is_given_the_same_rows(loader, ranks, micro_batch):
+    micro_batch = micro_batch if ROWS // ranks % micro_batch == 0 else 1
+    planned, after = loader.plan(Cursor(), ROWS)
+    delivered = []
+    for rank in range(ranks):
+        steps = loader.steps(Cursor(), ROWS, micro_batch, rank, ranks, with_images=False)
+        step = next(steps)
+        steps.close()
+        assert step.after == after
+        delivered += [row for batch in step.micro_batches for row in contents(batch)]
+    assert delivered == contents(loader.batch(planned, with_images=False))
+
+
+@given(st.lists(st.tuples(st.sampled_from(WORLDS), st.integers(1, 5)), min_size=1, max_size=6), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_no_change_of_the_number_of_ranks_loses_or_repeats_a_row(loader, changes, other_batch):
+    """Each stretch of a run has its own number of ranks (and perhaps rows a step): together they deliver the rows of
+    one uninterrupted process, in its order."""
+    cursor, delivered = Cursor(), []
+    for ranks, steps in changes:
+        rows = 64 * ranks if other_batch else ROWS
+        for _ in range(steps):
+            planned, after = loader.plan(cursor, rows)
+            share = rows // ranks
+            for rank in range(ranks):
+                names = row_names(planned)[rank * share : (rank + 1) * share]
+                delivered += names
+            cursor = after
+    whole, end = loader.plan(Cursor(), len(delivered))
+    assert delivered == row_names(whole)
+    assert end == cursor
 
 
 def test_batches_hold_whole_documents_with_their_images(loader):
-    batch = loader.batch(loader.plan(Cursor(), 8).rows)
-    tokenizer = loader.tokenizer
-    starts = np.flatnonzero((batch.tokens_T == tokenizer.image) & (batch.positions_T == 0))
-    assert len(starts) > 10
-    assert np.array_equal(starts, batch.image_starts_I)
-    assert len(batch.patches_IND) == len(starts)
-    for start in starts:
-        assert (batch.tokens_T[start : start + 16] == tokenizer.image).all()
-        assert batch.loss_mask_T[start : start + 16].sum() == 0
-    bounds = batch.cu_seqlens
-    for low, high in itertools.pairwise(bounds):
+    rows, _ = loader.plan(Cursor(), 8)
+    batch, pieces = loader.batch(rows), loader.pieces(rows)[0]
+    files = [
+        data
+        for columns, row in zip(pieces.columns, pieces.row.tolist(), strict=True)
+        for _, data in decoded(columns, row).images
+    ]
+    assert len(files) > 10
+    assert np.array_equal(batch.patches_IND, np.stack([patchify(file, SHAPE) for file in files]))
+    for start in batch.image_starts_I:
+        assert (batch.tokens_T[start : start + 16] == loader.tokenizer.image).all()
+        assert not batch.loss_mask_T[start : start + 15].any()
+    for low, high in itertools.pairwise(batch.cu_seqlens):
         assert np.array_equal(batch.positions_T[low:high], np.arange(high - low))
-        assert len(set(batch.segment_ids_T[low:high])) == 1
-        if batch.segment_ids_T[low] == -1:
-            assert batch.loss_mask_T[low:high].sum() == 0
-        else:
-            assert np.array_equal(batch.labels_T[low : high - 1], batch.tokens_T[low + 1 : high])
-    asked = np.flatnonzero(batch.tokens_T == tokenizer.answer)
-    assert (batch.loss_mask_T[asked] == 1).all()
-    assert (batch.loss_mask_T[asked - 1] == 0).all()
+    assert set(batch.piece_sources) == {-1, 0, 1}
+
+
+def test_threads_decode_the_same_images(tables, loader):
+    several = Loader(DataConfig.model_validate(tables["data"]), SHAPE, threads=2)
+    rows, _ = loader.plan(Cursor(), 8)
+    assert np.array_equal(several.batch(rows).patches_IND, loader.batch(rows).patches_IND)
 
 
 def test_a_stage_without_images_gets_no_patches(loader):
-    rows = loader.plan(Cursor(), 4).rows
+    rows, _ = loader.plan(Cursor(), 4)
     full, bare = loader.batch(rows), loader.batch(rows, with_images=False)
     assert np.array_equal(full.tokens_T, bare.tokens_T)
     assert len(full.patches_IND)
     assert not len(bare.patches_IND)
 
 
-def test_patches_are_the_pixels_row_by_row():
-    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "png")
-    patches = patchify(file.getvalue(), SHAPE)
-    assert patches.shape == (16, 768)
-    expected = pixels[16:32, 48:64].reshape(-1) / 127.5 - 1  # second row of patches, last column
-    assert np.allclose(patches[7], expected, atol=1e-6)
-
-
-def test_pixels_are_normalised():
-    file = io.BytesIO()
-    Image.new("RGB", (64, 64), (255, 0, 51)).save(file, "png")
-    patches = patchify(file.getvalue(), ImageShape(64, 16, mean=0.2, std=0.4)).reshape(-1, 3)
-    assert np.allclose(patches, [2.0, -0.5, 0.0], atol=1e-6)
-
-
-def test_merged_patches_stand_together():
-    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "png")
-    shape = ImageShape(64, 8, merge=2)
-    patches = patchify(file.getvalue(), shape)
-    assert (shape.patches, shape.positions, patches.shape) == (64, 16, (64, 192))
-    square = pixels[16:32, 48:64] / 127.5 - 1  # the eighth position's 2 x 2 patches, row by row
-    for number, (row, column) in enumerate([(0, 0), (0, 8), (8, 0), (8, 8)]):
-        expected = square[row : row + 8, column : column + 8].reshape(-1)
-        assert np.allclose(patches[7 * 4 + number], expected, atol=1e-6)
-
-
-@given(st.integers(0, 2**64 - 1))
-def test_a_variation_mirrors_and_shifts_and_is_named_by_its_number(variation):
-    pixels = np.random.default_rng(0).random((16, 16, 3))
-    varied = vary(pixels, variation)
-    assert np.array_equal(varied, vary(pixels, variation))
-    source = pixels[:, ::-1] if variation & 1 else pixels
-    found = [
-        (down, right)
-        for down in range(-2, 3)
-        for right in range(-2, 3)
-        if np.array_equal(varied[4:12, 4:12], source[4 + down : 12 + down, 4 + right : 12 + right])
-    ]
-    assert len(found) == 1
-
-
-def test_every_variation_comes_about_equally_often():
-    pixels = np.random.default_rng(0).random((16, 16, 3))
-    seen = {vary(pixels, int(key_of(n))).tobytes() for n in range(1000)}
-    assert len(seen) == 2 * 5 * 5
-
-
 def test_augmented_images_differ_by_sample_and_not_by_rank(tables):
-    sources = [{"kind": "easy_vqa", "augment": True}]
-    plain = Loader(DataConfig.model_validate(tables["data"] | {"sources": sources}), SHAPE)
-    same = Loader(DataConfig.model_validate(tables["data"] | {"sources": [{"kind": "easy_vqa"}]}), SHAPE)
-    rows = plain.plan(Cursor(), 4).rows
-    varied, original = plain.batch(rows), same.batch(rows)
+    plain = loader_of(tables, sources=[{"kind": "easy_vqa", "augment": True}])
+    same = loader_of(tables, sources=[{"kind": "easy_vqa"}])
+    rows, _ = plain.plan(Cursor(), 4)
+    varied, original = plain.batch(rows), same.batch(same.plan(Cursor(), 4)[0])
     assert np.array_equal(varied.tokens_T, original.tokens_T)
     assert (varied.patches_IND != original.patches_IND).any((1, 2)).mean() > 0.8
-    halves = np.concatenate([plain.batch(rows[:2]).patches_IND, plain.batch(rows[2:]).patches_IND])
+    (first, _), (second, _) = plain.plan(Cursor(), 2), plain.plan(Cursor(row=2), 2)
+    halves = np.concatenate([plain.batch(first).patches_IND, plain.batch(second).patches_IND])
     assert np.array_equal(halves, varied.patches_IND)
 
 
-def test_images_of_another_size_and_mode_are_fitted():
-    file = io.BytesIO()
-    Image.new("P", (20, 90), 3).save(file, "gif")
-    assert patchify(file.getvalue(), SHAPE).shape == (16, 768)
+def test_weights_are_shares_of_the_positions(tables):
+    sources = [{"kind": "easy_vqa", "weight": 3.0}, {"kind": "pydoc", "weight": 1.0}]
+    loader = loader_of(tables, sources=sources)
+    rows, _ = loader.plan(Cursor(), 4000)
+    sources = loader.batch(rows, with_images=False).source_ids_T
+    assert abs((sources == 0).sum() / (sources >= 0).sum() - 0.75) < 0.03
 
 
-@given(st.lists(st.integers(0, 4), min_size=2, max_size=30), st.integers(1, 5))
-def test_lay_out_widens_images_and_shifts_labels(tokens, patches):
-    tokens = np.array(tokens, np.int32)
-    learned = (tokens > 2).astype(np.uint8)
-    sequence = lay_out(tokens, learned, [b""] * int((tokens == 0).sum()), 0, patches)
-    wide = [t for token in tokens for t in ([token] * patches if token == 0 else [token])]
-    assert sequence.tokens.tolist() == wide[:-1]
-    assert sequence.labels.tolist() == wide[1:]
-    assert sequence.loss_mask.tolist() == [float(t > 2) for t in wide[1:]]
-    for start in sequence.image_starts:
-        assert wide[start : start + patches] == [0] * patches
+def test_a_schedule_changes_nothing_before_it_holds(tables):
+    later = [{"from_positions": 1024 * 128 * 2, "weights": {"easy_vqa": 0.0}}]
+    before, changed = loader_of(tables), loader_of(tables, schedule=later)
+    for number in (0, 1):
+        assert np.array_equal(before.block(number).document, changed.block(number).document)
+    assert set(before.block(2).source) == {0, 1}
+    assert set(changed.block(2).source) == {1}
 
 
-def test_padding_is_a_piece_of_its_own():
-    sequence = lay_out(np.arange(5, dtype=np.int32) + 1, np.ones(5, np.uint8), [], 0, 1)
-    batch = assemble([[sequence], [sequence, sequence]], 10, SHAPE)
-    assert batch.cu_seqlens.tolist() == [0, 4, 10, 14, 18, 20]
-    assert batch.segment_ids_T.tolist() == [0] * 4 + [-1] * 6 + [2] * 4 + [3] * 4 + [-1] * 2
+def test_an_image_longer_than_a_row_is_refused(tables):
+    with pytest.raises(DataError, match="an image takes 16 positions, a row has 15"):
+        loader_of(tables, seq_length=15)
+
+
+def test_a_document_with_images_longer_than_a_row_is_cut_between_them(tables):
+    """Questions of 25 positions in rows of 20: their image stays whole."""
+    loader = loader_of(tables, seq_length=20, sources=[{"kind": "easy_vqa"}])
+    rows, _ = loader.plan(Cursor(), 500)
+    batch = loader.batch(rows)
+    assert (batch.tokens_T == loader.tokenizer.image).sum() == 16 * len(batch.image_starts_I)
+    assert len(batch.patches_IND) == len(batch.image_starts_I) > 200
 
 
 def test_prefetch_raises_what_its_source_raised():

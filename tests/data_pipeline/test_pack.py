@@ -1,61 +1,106 @@
+import itertools
+
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from armillary.data_pipeline.cursor import Cursor
-from armillary.data_pipeline.pack import pack
+from armillary.data_pipeline.pack import Parts, best_fit, cut_between_images, greedy
 
-documents = st.lists(st.tuples(st.integers(0, 40), st.booleans()), min_size=1, max_size=60)
-not_empty = documents.filter(lambda drawn: any(size for size, _ in drawn))
+SEQ_LENGTH, MAX_IMAGES = 32, 3
 
 
-def source(documents, seq_length):
-    """lengths(start, count) over an endless repetition; what may not be cut is made to fit."""
-
-    def lengths(start, count):
-        chosen = [documents[i % len(documents)] for i in range(start, start + count)]
-        sizes = [size if cuttable else min(size, seq_length) for size, cuttable in chosen]
-        return np.array(sizes, np.int64), np.array([cuttable for _, cuttable in chosen])
-
-    return lengths
-
-
-@given(not_empty, st.integers(8, 64), st.integers(1, 12))
-def test_nothing_is_lost_repeated_or_out_of_order(documents, seq_length, rows):
-    lengths = source(documents, seq_length)
-    packed, after = pack(Cursor(), rows, seq_length, lengths)
-    assert len(packed) == rows
-    at = (0, 0)
-    for row in packed:
-        assert 0 < sum(piece.stop - piece.start for piece in row) <= seq_length
-        for piece in row:
-            while at[0] < piece.sample:
-                size = int(lengths(at[0], 1)[0][0])
-                assert at[1] == size or size == 0, "a sample was left before its end"
-                at = (at[0] + 1, 0)
-            assert (piece.sample, piece.start) == at
-            at = (piece.sample, piece.stop)
-            size, cuttable = (x[0] for x in lengths(piece.sample, 1))
-            assert cuttable or (piece.start, piece.stop) == (0, size), "an image document was cut"
-    done = int(lengths(at[0], 1)[0][0]) == at[1]
-    while after.sample > at[0] and done:
-        at = (at[0] + 1, 0)
-        done = int(lengths(at[0], 1)[0][0]) == 0
-    assert (after.sample, after.carry) == at
+@st.composite
+def parts(draw, texts_only=False):
+    """Documents of any length; those with images fit in a row."""
+    text = st.tuples(st.integers(1, 100), st.just(0))
+    pictured = st.tuples(st.integers(1, SEQ_LENGTH), st.integers(1, MAX_IMAGES))
+    drawn = draw(st.lists(text if texts_only else text | pictured, max_size=60))
+    lengths, images = (np.array([one[i] for one in drawn], np.int64) for i in (0, 1))
+    return Parts(np.arange(len(drawn)), draw(st.integers(0, 5)) * np.ones(len(drawn), np.int64), lengths, images)
 
 
-@given(not_empty, st.integers(8, 64), st.lists(st.integers(1, 5), max_size=6))
-def test_any_division_into_steps_gives_the_same_rows(documents, seq_length, steps):
-    lengths = source(documents, seq_length)
-    whole, end = pack(Cursor(), sum(steps) + 1, seq_length, lengths)
-    cursor, parts = Cursor(), []
-    for rows in [*steps, 1]:
-        packed, cursor = pack(cursor, rows, seq_length, lengths)
-        parts += packed
-    assert parts == whole
-    assert cursor == end
+def rows_of(packed):
+    """Each row's pieces, as (document, start, stop)."""
+    pieces = list(zip(packed.document.tolist(), packed.start.tolist(), packed.stop.tolist(), strict=True))
+    return [pieces[low:high] for low, high in itertools.pairwise([0, *packed.row_ends.tolist()])]
 
 
-def test_rows_of_text_are_full():
-    packed, _ = pack(Cursor(), 50, 32, source([(45, True), (3, True), (17, True)], 32))
-    assert all(sum(piece.stop - piece.start for piece in row) == 32 for row in packed)
+def assert_packed(parts, packed):
+    """Every position once, rows within their limits, nothing with images cut."""
+    rows = rows_of(packed)
+    spans: dict[int, list] = {}
+    for row in rows:
+        assert 0 < sum(stop - start for _, start, stop in row) <= SEQ_LENGTH
+        assert sum(parts.images[document] for document, _, _ in row) <= MAX_IMAGES
+        for document, start, stop in row:
+            spans.setdefault(document, []).append((start, stop))
+    assert sorted(spans) == parts.document.tolist()
+    for document, found in spans.items():
+        begin, length = int(parts.start[document]), int(parts.length[document])
+        found.sort()
+        assert (found[0][0], found[-1][1]) == (begin, begin + length)
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(found))
+        assert parts.images[document] == 0 or len(found) == 1
+    return rows, spans
+
+
+@given(parts())
+def test_greedy_packs_everything_in_order(parts):
+    packed = greedy(parts, SEQ_LENGTH, MAX_IMAGES)
+    rows, _ = assert_packed(parts, packed)
+    order = [(document, start) for row in rows for document, start, _ in row]
+    assert order == sorted(order)
+    for row, after in itertools.pairwise(rows):
+        room = SEQ_LENGTH - sum(stop - start for _, start, stop in row)
+        document = after[0][0]
+        images = sum(parts.images[d] for d, _, _ in row)
+        assert room == 0 or (
+            parts.images[document] and (parts.length[document] > room or images + parts.images[document] > MAX_IMAGES)
+        ), "room is left although the next would fit"
+
+
+@given(parts(texts_only=True))
+def test_greedy_fills_rows_of_text_to_the_last_position(parts):
+    packed = greedy(parts, SEQ_LENGTH, MAX_IMAGES)
+    assert packed.rows == -(-int(parts.length.sum()) // SEQ_LENGTH)
+
+
+@given(parts(), st.integers(0, 2**64 - 1))
+def test_best_fit_cuts_only_what_is_longer_than_a_row(parts, key):
+    packed = best_fit(parts, SEQ_LENGTH, MAX_IMAGES, np.uint64(key))
+    _, spans = assert_packed(parts, packed)
+    for document, found in spans.items():
+        assert len(found) == -(-int(parts.length[document]) // SEQ_LENGTH)
+
+
+def test_best_fit_leaves_little_room():
+    rng = np.random.default_rng(0)
+    lengths = np.maximum(rng.lognormal(6.2, 1.0, 3000).astype(np.int64), 1)
+    drawn = Parts(np.arange(3000), np.zeros(3000, np.int64), lengths, np.zeros(3000, np.int64))
+    packed = best_fit(drawn, 2048, 1, np.uint64(1))
+    assert packed.positions == lengths.sum()
+    assert packed.positions / (packed.rows * 2048) > 0.98
+    per_row = [np.mean([stop - start for _, start, stop in row]) for row in rows_of(packed)]
+    assert abs(np.corrcoef(np.arange(len(per_row)), per_row)[0, 1]) < 0.1, "rows of long documents come first"
+
+
+@given(st.data())
+def test_a_long_document_is_cut_between_its_images(data):
+    width = data.draw(st.integers(1, 8))
+    gaps = data.draw(st.lists(st.integers(0, 40), min_size=1, max_size=12))
+    starts = [sum(gaps[: i + 1]) + i * width for i in range(len(gaps))]
+    length = starts[-1] + width + data.draw(st.integers(0, 40))
+    cuts = cut_between_images(length, starts, width, SEQ_LENGTH, MAX_IMAGES)
+    assert cuts[0] == 0
+    for low, high in itertools.pairwise([*cuts, length]):
+        assert 0 < high - low <= SEQ_LENGTH
+        assert sum(low <= start < high for start in starts) <= MAX_IMAGES
+        assert not any(start < high < start + width for start in starts)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_no_documents_make_no_rows(count):
+    nothing = np.zeros(0, np.int64)
+    packed = greedy(Parts(nothing, nothing, nothing, nothing), SEQ_LENGTH, MAX_IMAGES)
+    assert packed.rows == packed.positions == 0

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from armillary.data_pipeline.shuffle import key_of, permute
+from armillary.data_pipeline.shuffle import key_of, permute, unpermute
 
 
 @given(size=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
@@ -17,6 +17,17 @@ def test_one_index_at_a_time_is_the_same(size, key, data):
     together = permute(indices, size, np.uint64(key))
     assert ((together >= 0) & (together < size)).all()
     assert [int(permute(np.array([i]), size, np.uint64(key))[0]) for i in indices] == together.tolist()
+
+
+@given(size=st.integers(1, 10**12), key=st.integers(0, 2**64 - 1), data=st.data())
+def test_has_an_inverse(size, key, data):
+    indices = np.array(data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=20)))
+    assert np.array_equal(unpermute(permute(indices, size, np.uint64(key)), size, np.uint64(key)), indices)
+
+
+def test_is_a_bijection_for_every_small_size():
+    for size in range(1, 2001):
+        assert np.array_equal(np.sort(permute(np.arange(size), size, key_of(size))), np.arange(size))
 
 
 def test_looks_random():

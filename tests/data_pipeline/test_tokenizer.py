@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from armillary.data_pipeline.sources import Answer, Picture, Text
+from armillary.data_pipeline.document import Answer, Document, Picture, Role, Text
 from armillary.data_pipeline.tokenizer import ANSWER, END, IMAGE, Tokenizer
 from armillary.errors import DataError
 
@@ -32,18 +32,24 @@ def test_refuses_a_damaged_json(damaged):
 
 
 def test_a_question_is_not_learned_and_its_answer_is():
-    document = (Picture(b"1"), Text("what?", learned=False), Answer("blue"))
-    tokens, learned, images = TOKENIZER.encode_document(document)
+    document = Document((Picture(b"1"), Text("what?", learned=False), Answer("blue")), "here", 2.0)
+    encoded = TOKENIZER.encode_document(document)
     asked, answered = len(TOKENIZER.encode("what?")), len(TOKENIZER.encode("blue"))
-    assert images == [b"1"]
-    assert tokens[0] == TOKENIZER.image
-    assert tokens[1 + asked] == TOKENIZER.answer
-    assert tokens[-1] == TOKENIZER.end
-    assert learned.tolist() == [0] * (2 + asked) + [1] * (answered + 1)
+    assert encoded.images == [(0, b"1")]
+    assert (encoded.name, encoded.weight) == ("here", 2.0)
+    assert encoded.tokens[0] == TOKENIZER.image
+    assert encoded.tokens[1 + asked] == TOKENIZER.answer
+    assert encoded.tokens[-1] == TOKENIZER.end
+    assert encoded.spans == [(2 + asked, Role.PROMPT), (2 + asked + answered + 1, Role.ANSWER)]
 
 
 def test_text_is_learned_to_its_end():
-    tokens, learned, images = TOKENIZER.encode_document((Text("the shape", learned=True),))
-    assert tokens[-1] == TOKENIZER.end
-    assert learned.all()
-    assert not images
+    encoded = TOKENIZER.encode_document(Document((Text("the shape"),)))
+    assert encoded.tokens == [*TOKENIZER.encode("the shape"), TOKENIZER.end]
+    assert encoded.spans == encoded.images == []
+
+
+def test_a_text_that_is_only_a_prompt_learns_its_end_alone():
+    encoded = TOKENIZER.encode_document(Document((Text("the shape", learned=False),)))
+    length = len(encoded.tokens)
+    assert encoded.spans == [(length - 1, Role.PROMPT), (length, Role.TEXT)]

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from armillary.data_pipeline.batch import ImageShape
 from armillary.data_pipeline.config import DataConfig
+from armillary.data_pipeline.images import ImageShape
 from armillary.data_pipeline.loader import Loader
 from armillary.data_pipeline.sources import Question, easy_vqa_questions
 from armillary.evals.vqa import batches, blind_accuracy, score
@@ -35,24 +35,24 @@ def test_a_blind_guesser_takes_the_commonest_answer():
 
 def test_every_question_is_packed_once_and_scored_as_a_whole(tokenizer):
     questions = easy_vqa_questions("test")[:150]
-    packed = list(batches(questions, tokenizer, SHAPE, seq_length=128, rows=4))
-    assert all(len(batch.tokens_T) <= 4 * 128 for batch in packed)
+    packed = list(batches(questions, tokenizer, SHAPE, seq_length=128, at_once=40))
+    assert [int((batch.piece_sources >= 0).sum()) for batch in packed] == [40, 40, 40, 30]
     perfect = [score(batch.labels_T, batch) for batch in packed]
     assert sum(total for _, total in perfect) == 150
     assert sum(correct for correct, _ in perfect) == 150
     answers = [
-        tokenizer.decode(batch.labels_T[(batch.segment_ids_T == s) & (batch.loss_mask_T > 0)][:-1])
+        tokenizer.decode(batch.labels_T[(batch.piece_ids_T == piece) & (batch.loss_mask_T > 0)][:-1])
         for batch in packed
-        for s in np.unique(batch.segment_ids_T[batch.segment_ids_T >= 0])
+        for piece in np.flatnonzero(batch.piece_sources >= 0)
     ]
     assert answers == [q.answer for q in questions]
 
 
 def test_one_wrong_token_of_an_answer_costs_the_question(tokenizer):
-    batch = next(batches(easy_vqa_questions("test")[:4], tokenizer, SHAPE, 512, 1))
+    batch = next(batches(easy_vqa_questions("test")[:4], tokenizer, SHAPE, 512))
     for place in np.flatnonzero(batch.loss_mask_T):
         guess = batch.labels_T.copy()
         guess[place] += 1
         assert score(guess, batch) == (3, 4)
-    guess = np.where(batch.loss_mask_T > 0, batch.labels_T, -1)  # what is not asked does not count
+    guess = np.where(batch.loss_mask_T > 0, batch.labels_T, 500)  # what is not asked does not count
     assert score(guess, batch) == (4, 4)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from armillary.data_pipeline.batch import ImageShape, assemble, lay_out
+from armillary.data_pipeline.document import Encoded, Role
+from armillary.data_pipeline.images import ImageShape
 from armillary.model.config import ModelConfig
 from armillary.model.coordinates import initialize, placements
 from armillary.model.generation import generate
@@ -16,6 +17,7 @@ from armillary.model.multimodal import MultimodalModel, token_losses
 from armillary.training.layout import Layout
 from armillary.training.process_group import Rank, join
 from armillary.training.step import to_inputs
+from tests.data_pipeline.plain import batch_of
 from tests.reference import Reference
 
 SHAPE = ImageShape(32, 8, merge=2)
@@ -54,27 +56,42 @@ def png(number):
 
 
 def documents():
-    """Text alone; an image first; two images among text; an image last but one."""
+    """Text alone; an image first; two images among text; an image last but one. Tokens are learned here and there."""
     rng = np.random.default_rng(0)
 
     def text(n):
         return rng.integers(2, 64, n).tolist()
 
     drawn = [text(9), [IMAGE, *text(5)], [*text(3), IMAGE, *text(2), IMAGE, *text(4)], [*text(6), IMAGE, *text(1)]]
-    return [
-        lay_out(
-            np.array(tokens, np.int32),
-            rng.integers(0, 2, len(tokens)).astype(np.uint8) | (np.arange(len(tokens)) == len(tokens) - 1),
-            [png(10 * number + i) for i in range(tokens.count(IMAGE))],
-            IMAGE,
-            SHAPE.positions,
-        )
-        for number, tokens in enumerate(drawn)
-    ]
+    return [encoded(tokens, number, rng) for number, tokens in enumerate(drawn)]
+
+
+def encoded(tokens, number, rng=None, written=0):
+    """The last token is learned, of the others some are. Of the last `written` tokens none is an image."""
+    roles = [Role.ANSWER if rng is not None and rng.integers(0, 2) else Role.PROMPT for _ in tokens[1:]]
+    roles = [Role.PROMPT if token == IMAGE else role for token, role in zip(tokens, [*roles, Role.ANSWER], strict=True)]
+    places = [place for place, token in enumerate(tokens[: len(tokens) - written]) if token == IMAGE]
+    return Encoded(
+        tokens=tokens,
+        spans=[(end + 1, role) for end, role in enumerate(roles)],
+        images=[(place, png(10 * number + i)) for i, place in enumerate(places)],
+    )
+
+
+def packed(documents, seq_length=None):
+    """The documents packed in rows of `seq_length`, or one document alone in a row without padding."""
+    if seq_length is None:
+        (document,) = documents
+        seq_length = len(document.tokens) - 1 + len(document.images) * (SHAPE.positions - 1)
+    return batch_of(documents, seq_length, SHAPE, IMAGE, vocab_size=64)
+
+
+def inputs_of(batch):
+    return to_inputs(batch, CPU)
 
 
 def summed_loss(model, batch):
-    losses = token_losses(model(to_inputs(batch, CPU, torch.float32)), torch.from_numpy(batch.labels_T))
+    losses = token_losses(model(inputs_of(batch)), torch.from_numpy(batch.labels_T).long())
     return (losses * torch.from_numpy(batch.loss_mask_T)).sum()
 
 
@@ -86,10 +103,9 @@ def gradients(model, loss):
 
 def test_packed_equals_unpacked(model):
     sequences = documents()
-    packed = assemble([sequences[:2], sequences[2:]], 40, SHAPE)
-    loss = summed_loss(model, packed)
+    loss = summed_loss(model, packed(sequences, 40))
     got = gradients(model, loss)
-    alone = sum(summed_loss(model, assemble([[s]], len(s.tokens), SHAPE)) for s in sequences)
+    alone = sum(summed_loss(model, packed([document])) for document in sequences)
     want = gradients(model, alone)
     assert loss.item() == pytest.approx(alone.item(), rel=1e-6)
     assert set(got) == set(want)
@@ -98,7 +114,7 @@ def test_packed_equals_unpacked(model):
 
 
 def test_equals_the_plain_model_and_its_gradients(model):
-    batch = assemble([documents()[:2], documents()[2:]], 40, SHAPE)
+    batch = packed(documents(), 40)
     loss = summed_loss(model, batch)
     got = gradients(model, loss)
     plain = Reference(CONFIG, {place.name: p.detach().double() for p, place in placements(model)})
@@ -111,58 +127,48 @@ def test_equals_the_plain_model_and_its_gradients(model):
 
 def test_a_document_sees_neither_its_neighbours_nor_what_comes_after(model):
     sequences = documents()
-    row = assemble([sequences], 60, SHAPE)
+    row = packed(sequences, 70)
     with torch.no_grad():
-        before = model(to_inputs(row, CPU, torch.float32))
+        before = model(inputs_of(row))
         start, stop = row.cu_seqlens[2], row.cu_seqlens[3]
         row.tokens_T[stop - 1] = 5  # the last token of the third document
-        after = model(to_inputs(row, CPU, torch.float32))
+        after = model(inputs_of(row))
     changed = (before != after).any(-1).flatten().nonzero().flatten().tolist()
     assert changed == [stop - 1]
     assert start < stop - 1
 
 
 def test_an_image_changes_what_comes_after_it(model):
-    with_image = documents()[1]
-    batch = assemble([[with_image]], len(with_image.tokens), SHAPE)
+    batch = packed([documents()[1]])
     with torch.no_grad():
-        before = model(to_inputs(batch, CPU, torch.float32))
-        batch.patches_IND[0, 0] += 0.5
-        after = model(to_inputs(batch, CPU, torch.float32))
+        before = model(inputs_of(batch))
+        batch.patches_IND[0, 0] ^= 128
+        after = model(inputs_of(batch))
     assert (before != after).any(-1).all()
 
 
 def test_a_batch_without_images_gives_every_weight_a_gradient(model):
-    text = documents()[0]
-    got = gradients(model, summed_loss(model, assemble([[text]], len(text.tokens), SHAPE)))
+    got = gradients(model, summed_loss(model, packed([documents()[0]])))
     assert set(got) == {place.name for _, place in placements(model)}
     assert all(not g.any() for name, g in got.items() if name.startswith(("vision", "projector")))
-
-
-def prompt_of(sequence):
-    return assemble([[sequence]], len(sequence.tokens), SHAPE)
 
 
 @pytest.mark.parametrize("number", range(4))
 def test_the_cache_changes_nothing(model, number):
     """Greedy tokens with the cache are those of running everything anew for every token."""
     model.eval()
-    sequence = documents()[number]
-    cached = list(generate(model, to_inputs(prompt_of(sequence), CPU, torch.float32), 12, end=-1))
-    tokens = sequence.tokens.tolist()
-    anew = []
+    tokens, anew = documents()[number].tokens, []
+    cached = list(generate(model, inputs_of(packed([encoded(tokens, number)])), 12, end=-1))
     for _ in range(12):
-        batch = prompt_of(type(sequence)(np.array(tokens), np.array(tokens), np.zeros(len(tokens), np.float32),
-                                         sequence.images, sequence.image_starts))  # fmt: skip
         with torch.no_grad():
-            anew.append(int(model(to_inputs(batch, CPU, torch.float32))[-1, 0].argmax()))
-        tokens.append(anew[-1])
+            logits = model(inputs_of(packed([encoded([*tokens[:-1], *anew, 0], number, written=len(anew))])))
+        anew.append(int(logits[-1, 0].argmax()))
     model.train()
     assert cached == anew
 
 
 def test_generation_stops_at_the_end_and_samples_by_seed(model):
-    prompt = to_inputs(prompt_of(documents()[1]), CPU, torch.float32)
+    prompt = inputs_of(packed([documents()[1]]))
     greedy = list(generate(model, prompt, 8, end=-1))
     assert list(generate(model, prompt, 8, end=greedy[3])) == greedy[: greedy.index(greedy[3])]
 

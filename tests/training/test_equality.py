@@ -92,17 +92,16 @@ def reference(tables):
     )
     loader, cursor, records = Loader(job.data, job.image_shape), Cursor(), []
     for step in range(STEPS):
-        plan = loader.plan(cursor, job.training.global_batch)
-        batch = loader.batch(plan.rows)
-        by_source = source_losses(model, batch, [source.kind for source in job.data.sources])
-        loss = model.loss(batch, plan.learned_tokens)
+        rows, cursor = loader.plan(cursor, job.training.global_batch)
+        batch = loader.batch(rows)
+        by_source = source_losses(model, batch, [source.name for source in job.data.sources])
+        loss = model.loss(batch, batch.loss_mask_T.sum())
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(weights, job.optimizer.clip_grad)
         for group in optimizer.param_groups:
             group["lr"] = job.optimizer.rate(step, job.training.steps)
         optimizer.step()
-        cursor = plan.after
         records.append((loss.item(), norm.item(), by_source))
     return records, model.state(), cursor
 

@@ -1,0 +1,100 @@
+"""A batch holds what its documents say, position by position."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from armillary.data_pipeline.batch import Pieces, assemble, first_tokens
+from armillary.data_pipeline.document import Encoded, Role
+from armillary.data_pipeline.images import ImageShape
+from armillary.data_pipeline.shards import Columns, record_batch, schema_of
+from tests.data_pipeline.plain import batch_of, decoded, lay_out
+
+IMAGE = 1
+SHAPE = ImageShape(8, 4)  # four positions an image
+
+
+@st.composite
+def encoded(draw):
+    """A document with any number of images and stretches of any role; images are prompts."""
+    tokens = draw(st.lists(st.integers(0, 6), min_size=2, max_size=30))
+    roles = draw(st.lists(st.sampled_from(Role), min_size=len(tokens), max_size=len(tokens)))
+    roles = [Role.PROMPT if token == IMAGE else role for token, role in zip(tokens, roles, strict=True)]
+    spans = [(end, roles[end - 1]) for end in range(1, len(tokens) + 1)]
+    merged = [span for i, span in enumerate(spans) if i + 1 == len(spans) or spans[i + 1][1] != span[1]]
+    plain = merged == [(len(tokens), Role.TEXT)]
+    return Encoded(
+        tokens=tokens,
+        spans=[] if plain else merged,
+        images=[(place, b"%d" % place) for place, token in enumerate(tokens) if token == IMAGE],
+        weight=draw(st.sampled_from([1.0, 0.5])),
+    )
+
+
+def without_images(pieces, rows, seq_length):
+    return assemble(pieces, rows, seq_length, SHAPE, IMAGE, with_images=False)
+
+
+@given(st.lists(encoded(), min_size=1, max_size=8), st.data())
+@settings(deadline=None)
+def test_any_pieces_of_any_documents_are_laid_out_as_they_are_one_by_one(documents, data):
+    columns = Columns.of(record_batch(documents, schema_of(512)))
+    laid = [lay_out(document, IMAGE, SHAPE.positions) for document in documents]
+    chosen = []
+    for number, one in enumerate(laid):
+        inside = {at + i for at in one.image_starts for i in range(1, SHAPE.positions)}
+        cuts = [place for place in range(1, len(one.tokens)) if place not in inside]
+        bounds = sorted(
+            {0, len(one.tokens), *data.draw(st.lists(st.sampled_from(cuts or [len(one.tokens)]), max_size=3))}
+        )
+        chosen += [(number, low, high) for low, high in itertools.pairwise(bounds)]
+    seq_length = sum(high - low for _, low, high in chosen) + data.draw(st.integers(0, 3))
+    number, start, stop = (np.array(column, np.int64) for column in zip(*chosen, strict=True))
+    at = np.cumsum(stop - start) - (stop - start)
+    pieces = Pieces(
+        [columns] * len(number), number, first_tokens(columns, number), start, stop, at,
+        number.astype(np.int32), np.zeros(len(number), np.uint64),
+    )  # fmt: skip
+    batch = without_images(pieces, 1, seq_length)
+    starts = []
+    for (document, low, high), place in zip(chosen, at.tolist(), strict=True):
+        one, where = laid[document], slice(place, place + high - low)
+        assert batch.tokens_T[where].tolist() == one.tokens[low:high]
+        assert batch.labels_T[where].tolist() == one.labels[low:high]
+        assert batch.loss_mask_T[where].tolist() == one.mask[low:high]
+        assert batch.positions_T[where].tolist() == list(range(high - low))
+        assert set(batch.source_ids_T[where]) == {document}
+        starts += [place + start - low for start in one.image_starts if low <= start < high]
+    assert batch.image_starts_I.tolist() == starts
+    filled = int((stop - start).sum())
+    assert not batch.loss_mask_T[filled:].any()
+    assert batch.cu_seqlens.tolist() == sorted({*at.tolist(), filled, seq_length})
+    assert set(batch.source_ids_T[filled:]) <= {-1}
+
+
+@given(st.lists(encoded(), min_size=1, max_size=5))
+def test_columns_hold_the_documents(documents):
+    columns = Columns.of(record_batch(documents, schema_of(512)))
+    assert [decoded(columns, row) for row in range(len(columns))] == documents
+
+
+def test_a_large_vocabulary_takes_wider_tokens():
+    assert batch_of([Encoded([65535, 3])], 4, SHAPE, IMAGE, 1 << 16).tokens_T.dtype == np.uint16
+    wide = batch_of([Encoded([65536, 3])], 4, SHAPE, IMAGE, (1 << 16) + 1)
+    assert wide.tokens_T.dtype == np.uint32
+    assert wide.tokens_T[0] == 65536
+
+
+def test_padding_is_a_piece_of_its_own():
+    batch = batch_of([Encoded([2, 3, 4, 5, 6]), Encoded([2] * 6), Encoded([3] * 6)], 10, SHAPE, IMAGE)
+    assert batch.cu_seqlens.tolist() == [0, 4, 9, 10, 15, 20]
+    assert batch.piece_sources.tolist() == [0, 0, -1, 0, -1]
+    assert batch.piece_ids_T.tolist() == [0] * 4 + [1] * 5 + [2] + [3] * 5 + [4] * 5
+
+
+def test_a_document_longer_than_a_row_is_not_packed_whole():
+    with pytest.raises(AssertionError, match="takes 5 positions"):
+        batch_of([Encoded([2] * 6)], 4, SHAPE, IMAGE)
