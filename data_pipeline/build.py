@@ -1,42 +1,57 @@
-"""Building shards: sources -> tokenizer -> Arrow files -> manifest, committed by one rename."""
+"""Building shards: sources -> documents worth keeping -> tokens -> Arrow files -> manifest, committed by one rename.
 
+The work is cut into parts that are independent and each leave a file when they are done, so that they may run on many
+processors and a build that was killed goes on where it stopped.
+"""
+
+import contextlib
+import fcntl
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import xxhash
 
 from armillary.data_pipeline.config import DataConfig
-from armillary.data_pipeline.document import Encoded
+from armillary.data_pipeline.dedup import copies
+from armillary.data_pipeline.encode import Encode, PartReport, Scan, encode_part, kept_documents, scan_part
 from armillary.data_pipeline.shards import (
     FORMAT,
     MANIFEST,
     Manifest,
+    SourceReport,
     read_manifest,
     schema_of,
     write_manifest,
-    write_shards,
 )
-from armillary.data_pipeline.sources import documents
+from armillary.data_pipeline.sources import parts_of
 from armillary.data_pipeline.tokenizer import Tokenizer
 from armillary.errors import DataError
 
-Progress = Callable[[str, int], None]
+Progress = Callable[[str, int, int], None]
+Each = Callable[[Callable, Iterable], Iterable]  # `map`, or one that works on many processors; any order
+PLAN, TOKENIZER = "plan.json", "tokenizer.json"
+TRAINING_CHARACTERS = 100_000_000  # that a tokenizer is trained on, over all sources
 
 
 def built_from(config: DataConfig) -> dict:
     """The part of `[data]` that the shards depend on; the rest may change without a new build."""
     sources = [source.model_dump(exclude={"weight", "augment"}) for source in config.sources]
-    keys = ("vocab_size", "shard_bytes", "compression")
+    keys = ("tokenizer", "dedup", "vocab_size", "shard_bytes", "compression")
     return {"sources": sources} | {key: getattr(config, key) for key in keys}
 
 
-def build(config: DataConfig, progress: Progress = lambda source, count: None, force: bool = False) -> Manifest:
-    """Write the shards of `config` into `config.path`; progress(source, documents so far) is called now and then.
+def build(
+    config: DataConfig, progress: Progress = lambda source, done, parts: None, force: bool = False, each: Each = map
+) -> Manifest:
+    """Write the shards of `config` into `config.path`; progress(source, parts done, parts) is called after each part.
 
-    Everything is written beside the target and renamed at the end, so a failed build leaves nothing behind
-    and an earlier one untouched. Raises DataError where the target exists (unless `force`) or a source is bad.
+    Everything is written beside the target and renamed at the end: a build that fails or is killed leaves an
+    earlier one untouched, and what it did is taken up by the next build of the same keys and files. Raises
+    DataError where the target exists (unless `force`) or a source is bad.
     """
     target = Path(config.path)
     if target.exists() and not target.is_dir():
@@ -45,32 +60,40 @@ def build(config: DataConfig, progress: Progress = lambda source, count: None, f
         raise DataError("the folder exists and holds something else than shards", target, "choose another data.path")
     if (target / MANIFEST).exists() and not force:
         raise DataError("there are shards here already", target, "add --force to replace them")
-    work = target.with_name(f".{target.name}.building-{os.getpid()}")
+    work = target.with_name(f".{target.name}.building")
     try:
-        work.mkdir(parents=True)
+        work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(
             f"the folder cannot be made: {error.strerror}", work.parent, "choose another data.path"
         ) from None
     try:
-        manifest = _build_into(work, config, progress)
-        if target.exists():
-            shutil.rmtree(target)
-        work.rename(target)
-    except OSError as error:
-        raise DataError(f"the shards cannot be written: {error.strerror}", work, "free some space") from None
-    finally:
+        with _held(work):
+            manifest = _build_into(work, config, progress, each)
+            for scrap in (*work.glob("*.part"), work / PLAN, work / TOKENIZER, work / "lock"):
+                scrap.unlink(missing_ok=True)
+            if target.exists():
+                shutil.rmtree(target)
+            work.rename(target)
+    except _Busy:
+        raise
+    except DataError:  # what puts it right changes the files or the keys, and so the work
         shutil.rmtree(work, ignore_errors=True)
+        raise
+    except OSError as error:
+        raise DataError(
+            f"the shards cannot be written: {error.strerror}", work, "free some space, then build again"
+        ) from None
     return manifest
 
 
-def ensure_built(config: DataConfig, progress: Progress = lambda source, count: None) -> Manifest:
+def ensure_built(config: DataConfig, progress: Progress = lambda source, done, parts: None) -> Manifest:
     """The manifest of the shards that `config` asks for; they are built where there are none."""
     target = Path(config.path)
     if not target.exists():
         build(config, progress)
     manifest = read_manifest(target)
-    wanted = built_from(config)
+    wanted = json.loads(json.dumps(built_from(config)))
     if manifest.built_from != wanted:
         changed = [key for key, value in wanted.items() if manifest.built_from.get(key) != value]
         raise DataError(
@@ -81,35 +104,129 @@ def ensure_built(config: DataConfig, progress: Progress = lambda source, count: 
     return manifest
 
 
-def _build_into(folder: Path, config: DataConfig, progress: Progress) -> Manifest:
-    texts = (text for source in config.sources for document in documents(source) for text in document.texts)
-    tokenizer = Tokenizer.train(texts, config.vocab_size)
-    schema, sources = schema_of(tokenizer.size), {}
+class _Busy(DataError):
+    """Another build has the folder."""
+
+
+@contextlib.contextmanager
+def _held(work: Path) -> Iterator[None]:
+    """Hold the folder for one build at a time; a dead one's hold ends with it."""
+    with open(work / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _Busy("these shards are being built already", work, "wait for it") from None
+        yield
+
+
+def _build_into(work: Path, config: DataConfig, progress: Progress, each: Each) -> Manifest:
+    parts = {source.name: parts_of(source) for source in config.sources}
+    _take_up(work, config, parts)
+    tokenizer = _tokenizer(work, config, parts)
+    tasks = [(source, number, part) for source in config.sources for number, part in enumerate(parts[source.name])]
+    doubled = _copies(work, config, tasks, each) if config.dedup != "none" else [None] * len(tasks)
+    encodes = [
+        Encode(work, source, number, part, drop, config.shard_bytes, config.compression)
+        for (source, number, part), drop in zip(tasks, doubled, strict=True)
+    ]
+    done = {name: 0 for name in parts}
+    reports = {}
+    for task_name, report in each(encode_part, encodes):
+        reports[task_name] = report
+        done[task_name[0]] += 1
+        progress(task_name[0], done[task_name[0]], len(parts[task_name[0]]))
+    sources = {name: [reports[name, number] for number in range(len(parts[name]))] for name in parts}
     for source in config.sources:
-        encoded = _counted(map(tokenizer.encode_document, documents(source)), lambda n, s=source: progress(s.name, n))
-        sources[source.name] = tuple(
-            write_shards(folder, source.name, encoded, schema, config.shard_bytes, config.compression)
-        )
-        if not sources[source.name]:
+        if not any(report.shards for report in sources[source.name]):
             raise DataError(f"the source {source.name} holds no documents", source.path, "remove it from data.sources")
     text = tokenizer.to_json()
     manifest = Manifest(
         format=FORMAT,
-        arrow_schema=str(schema),
-        built_from=built_from(config),
+        arrow_schema=str(schema_of(tokenizer.size)),
+        built_from=json.loads(json.dumps(built_from(config))),
         tokenizer=text,
         tokenizer_xxh3=xxhash.xxh3_64_hexdigest(text.encode()),
-        sources=sources,
+        sources={name: tuple(shard for report in found for shard in report.shards) for name, found in sources.items()},
+        reports={name: _summed(found) for name, found in sources.items()},
     ).sealed()
-    write_manifest(folder, manifest)
+    write_manifest(work, manifest)
     return manifest
 
 
-def _counted(items: Iterable[Encoded], say: Callable[[int], None], every: int = 8192) -> Iterator[Encoded]:
-    """The items; say(how many so far) now and then, and at the end."""
-    count = 0
-    for count, item in enumerate(items, 1):
-        yield item
-        if count % every == 0:
-            say(count)
-    say(count)
+def _take_up(work: Path, config: DataConfig, parts: dict) -> None:
+    """Keep what an earlier build of the same keys and files did; anything else is removed."""
+    files = {file: os.stat(file) for found in parts.values() for part in found for file in part.files}
+    plan = {
+        "built_from": built_from(config),
+        "parts": {name: [part.model_dump() for part in found] for name, found in parts.items()},
+        "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in files.items()},
+    }
+    text = json.dumps(plan, sort_keys=True)
+    if (work / PLAN).exists() and (work / PLAN).read_text() == text:
+        return
+    for old in work.iterdir():
+        if old.name != "lock":
+            old.unlink()
+    (work / PLAN).write_text(text)
+
+
+def _tokenizer(work: Path, config: DataConfig, parts: dict) -> Tokenizer:
+    """The tokenizer that the job names, or one trained on the beginning of each source."""
+    path = work / TOKENIZER
+    if path.exists():
+        return Tokenizer.from_json(path.read_text())
+    if config.tokenizer:
+        tokenizer = Tokenizer.from_file(Path(config.tokenizer))
+        if tokenizer.size > config.vocab_size:
+            raise DataError(
+                f"the tokenizer has {tokenizer.size} entries, data.vocab_size is {config.vocab_size}",
+                config.tokenizer,
+                f"set data.vocab_size={tokenizer.size}",
+            )
+    else:
+        tokenizer = Tokenizer.train(_training_texts(config, parts), config.vocab_size)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(tokenizer.to_json())
+    temporary.rename(path)
+    return tokenizer
+
+
+def _training_texts(config: DataConfig, parts: dict) -> Iterator[str]:
+    for source in config.sources:
+        left = TRAINING_CHARACTERS // len(config.sources)
+        for part in parts[source.name]:
+            for _, document in kept_documents(source, part, {}):
+                yield from document.texts
+                left -= sum(map(len, document.texts))
+                if left <= 0:
+                    break
+            if left <= 0:
+                break
+
+
+def _copies(work: Path, config: DataConfig, tasks: list, each: Each) -> list[np.ndarray]:
+    """Of each part, which of its documents (by their number in it) are copies of earlier ones."""
+    scans = [Scan(work, source, number, part, config.dedup == "near") for source, number, part in tasks]
+    keys = dict(each(scan_part, scans))
+    found = [keys[source.name, number] for source, number, _ in tasks]
+    everything = np.concatenate(found)
+    _, exact = np.unique(everything[:, :2], axis=0, return_inverse=True)
+    doubled = copies(np.column_stack([exact.ravel().astype(np.uint64), everything[:, 2:]]))
+    return np.split(doubled, np.cumsum([len(part) for part in found])[:-1])
+
+
+def _summed(reports: list[PartReport]) -> SourceReport:
+    """What became of a source's documents."""
+    dropped: dict[str, int] = {}
+    for report in reports:
+        for reason, count in report.dropped.items():
+            dropped[reason] = dropped.get(reason, 0) + count
+    shards = [shard for report in reports for shard in report.shards]
+    return SourceReport(
+        documents=sum(shard.documents for shard in shards),
+        tokens=sum(shard.tokens for shard in shards),
+        images=sum(shard.images for shard in shards),
+        bytes=sum(shard.bytes for shard in shards),
+        dropped=dict(sorted(dropped.items())),
+        examples=tuple(example for report in reports for example in report.examples)[:10],
+    )

@@ -10,15 +10,23 @@ from armillary.table import Table
 class SourceConfig(Table):
     """One source of documents."""
 
-    kind: Literal["easy_vqa", "pydoc"] = Field(
-        description="easy_vqa: questions about images of coloured shapes; pydoc: Python's own documentation topics"
+    kind: Literal["easy_vqa", "pydoc", "text", "jsonl", "parquet", "huggingface", "webdataset", "images"] = Field(
+        description="how it is read; docs/data.md says what each kind reads"
     )
     name: str = Field(
         "", pattern=r"^[A-Za-z0-9_-]*$", description="names the source in shards and metrics; empty: its kind"
     )
     weight: float = Field(1.0, ge=0, description="share of the positions that it fills, relative to the others")
     augment: bool = Field(False, description="mirror and shift its images, anew each time they are seen")
-    path: str = Field("", description="folder with the source's files; empty: the copy in the installed package")
+    path: str = Field("", description="its file or folder; empty: the copy in the installed package (easy_vqa)")
+    text_field: str = Field("text", description="field of a record that holds its text or caption")
+    image_field: str = Field("image", description="field of a record that holds its image")
+    bad: Literal["stop", "skip"] = Field(
+        "stop", description="what to do about a record that cannot be used; skip counts it"
+    )
+    min_chars: int = Field(1, ge=0, description="documents with fewer characters are dropped, unless they have images")
+    max_chars: int = Field(10_000_000, ge=1, description="documents with more characters are dropped")
+    quality: bool = Field(False, description="drop texts that break the Gopher rules for prose")
 
     @model_validator(mode="before")
     @classmethod
@@ -43,7 +51,12 @@ class DataConfig(Table):
         (SourceConfig(kind="easy_vqa"),), description="sources mixed by weight; each name once"
     )
     schedule: tuple[StageConfig, ...] = Field((), description="changes of the weights, in the order of the run")
-    vocab_size: int = Field(512, ge=260, description="entries of the byte-level BPE, special tokens included")
+    tokenizer: str = Field("", description="a tokenizer.json or .tiktoken file; empty: a byte-level BPE is trained")
+    dedup: Literal["none", "exact", "near"] = Field(
+        "none",
+        description="drop copies of documents: exact ones, or near ones too (MinHash, about 0.7 of 5-word runs alike)",
+    )
+    vocab_size: int = Field(512, ge=260, description="entries of the BPE that is trained, special tokens included")
     shard_bytes: int = Field(128 << 20, ge=1, description="bytes of one shard file, about")
     compression: Literal["none", "zstd"] = Field("none", description="of shards: none is fastest, zstd smallest")
     seq_length: int = Field(512, ge=8, description="positions in one packed row")

@@ -37,6 +37,17 @@ class Shard(Table):
     index_xxh3: str
 
 
+class SourceReport(Table):
+    """What became of a source's documents; `dropped` counts by reason, `examples` name some that could not be used."""
+
+    documents: int
+    tokens: int
+    images: int
+    bytes: int
+    dropped: dict[str, int]
+    examples: tuple[str, ...]
+
+
 class Manifest(SealedTable):
     """Written last: without it there are no shards. `built_from` holds the keys of `[data]` that shaped them."""
 
@@ -46,6 +57,7 @@ class Manifest(SealedTable):
     tokenizer: str
     tokenizer_xxh3: str
     sources: dict[str, tuple[Shard, ...]]
+    reports: dict[str, SourceReport]
 
 
 def schema_of(vocab_size: int) -> pa.Schema:

@@ -96,7 +96,7 @@ def armillary(console: Console, *words) -> dict:
 
 def ask(console: Console, run_dir: str) -> list[dict]:
     """Five questions of the test split, answered by the trained model with its key-value cache."""
-    from armillary.data_pipeline.sources import easy_vqa_questions
+    from armillary.data_pipeline.sources.easy_vqa import easy_vqa_questions
     from armillary.launcher.answer import Answerer
 
     test, answerer, answers = easy_vqa_questions("test"), Answerer(Path(run_dir)), []

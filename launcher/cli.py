@@ -12,6 +12,8 @@ from rich.table import Table
 
 from armillary import __version__
 from armillary.errors import ArmillaryError, JobError
+from armillary.launcher.arguments import Address, AsJson, JobFile, Overrides, RunPath, StopAt
+from armillary.launcher.data_commands import app as data_app
 
 app = typer.Typer(
     help="Train large image+text transformers from one job file.",
@@ -20,18 +22,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 job_app = typer.Typer(help="Look at job files.", no_args_is_help=True)
-data_app = typer.Typer(help="Make data ready.", no_args_is_help=True)
 eval_app = typer.Typer(help="Measure a trained model.", no_args_is_help=True)
 app.add_typer(job_app, name="job")
 app.add_typer(data_app, name="data")
 app.add_typer(eval_app, name="eval")
-
-JobFile = Annotated[Path, typer.Argument(metavar="JOB.toml", help="the job file")]
-Overrides = Annotated[list[str], typer.Argument(metavar="[TABLE.KEY=VALUE]...", help="keys set over the job file's")]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="the run's directory")]
-AsJson = Annotated[bool, typer.Option("--json", help="print one JSON line on standard output")]
-StopAt = Annotated[int, typer.Option(help="stop after this step, with a checkpoint; 0: train to the end", min=0)]
-Address = Annotated[str, typer.Option(help="Ray cluster to join; sets cluster.address")]
 
 
 @app.command()
@@ -96,38 +90,6 @@ def explain(as_json: AsJson = False) -> None:
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
-@data_app.command()
-def build(
-    job_file: JobFile,
-    overrides: Overrides = (),
-    force: Annotated[bool, typer.Option("--force", help="replace shards that are there")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Tokenize and encode the job's sources into Arrow shards."""
-    from armillary.data_pipeline.build import build as build_shards
-    from armillary.data_pipeline.build import ensure_built
-    from armillary.data_pipeline.shards import MANIFEST
-    from armillary.launcher.job import load_job
-    from armillary.launcher.train import say_built
-
-    job, console = load_job(job_file, overrides).with_absolute_paths(), _console()
-    if not force and (Path(job.data.path) / MANIFEST).exists():
-        manifest = ensure_built(job.data)
-        console.print("the shards are there already", highlight=False)
-    else:
-        manifest = build_shards(job.data, lambda source, count: say_built(console, source, count), force)
-    totals = {
-        source: {key: sum(getattr(s, key) for s in shards) for key in ("documents", "tokens", "images", "bytes")}
-        for source, shards in manifest.sources.items()
-    }
-    if as_json:
-        print(json.dumps({"path": job.data.path, "sources": totals}))
-        return
-    for source, total in totals.items():
-        print(f"{source}: " + ", ".join(f"{value:,} {key}" for key, value in total.items()))
-    print(f"shards are in {job.data.path}")
-
-
 @app.command()
 def generate(
     run: RunPath,
@@ -141,7 +103,7 @@ def generate(
     """Let a run's latest checkpoint answer a question about an image, or go on with a text."""
     if not prompt.strip():
         raise JobError("the prompt is empty", "--prompt", "ask something")
-    from armillary.data_pipeline.sources import read_image
+    from armillary.data_pipeline.sources.easy_vqa import read_image
 
     data = read_image(image) if image is not None else None
     from armillary.launcher.run import Run

@@ -9,7 +9,7 @@ from rich.console import Console
 from armillary.data_pipeline.build import ensure_built
 from armillary.data_pipeline.loader import Loader
 from armillary.data_pipeline.shards import read_manifest as read_data_manifest
-from armillary.data_pipeline.sources import easy_vqa_questions
+from armillary.data_pipeline.sources.easy_vqa import easy_vqa_questions
 from armillary.data_pipeline.verify import check_files
 from armillary.errors import ArmillaryError, DataError, JobError
 from armillary.launcher.driver import Outcome, drive
@@ -72,7 +72,7 @@ def start(job: Job, run_dir: Path | None, stop_at: int, console: Console) -> Sum
     until, job = until_step(job, stop_at, done=0), job.with_absolute_paths()
     path = run_dir or Path("runs") / f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     Run.refuse_existing(path)
-    manifest = ensure_built(job.data, lambda source, count: say_built(console, source, count))
+    manifest = ensure_built(job.data, lambda *done: say_built(console, *done))
     check_readable(job)
     run = Run.create(path, job, manifest)
     with run.locked():
@@ -120,8 +120,8 @@ def check_readable(job: Job) -> None:
             raise DataError("there are no held-out questions", source.path, "add some, or set training.evaluate=false")
 
 
-def say_built(console: Console, source: str, count: int) -> None:
-    console.print(f"building shards: {source}, {count:,} documents", highlight=False)
+def say_built(console: Console, source: str, done: int, parts: int) -> None:
+    console.print(f"building shards: {source}, part {done} of {parts}", highlight=False)
 
 
 def until_step(job: Job, stop_at: int, done: int) -> int:

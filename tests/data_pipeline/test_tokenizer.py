@@ -1,10 +1,17 @@
+import base64
+import gzip
+import os
+from pathlib import Path
+
 import pytest
+import tiktoken
 from hypothesis import given
 from hypothesis import strategies as st
 
 from armillary.data_pipeline.document import Answer, Document, Picture, Role, Text
-from armillary.data_pipeline.tokenizer import ANSWER, END, IMAGE, Tokenizer
+from armillary.data_pipeline.tokenizer import ANSWER, END, IMAGE, PATTERNS, Tokenizer
 from armillary.errors import DataError
+from tests.conftest import ROOT
 
 TOKENIZER = Tokenizer.train(["what colour is the shape?", "the shape is blue, is it?"] * 5, 300)
 text = st.text(st.characters(exclude_categories=["Cs"])) | st.lists(
@@ -53,3 +60,50 @@ def test_a_text_that_is_only_a_prompt_learns_its_end_alone():
     encoded = TOKENIZER.encode_document(Document((Text("the shape", learned=False),)))
     length = len(encoded.tokens)
     assert encoded.spans == [(length - 1, Role.PROMPT), (length, Role.TEXT)]
+
+
+TABLES = Path(os.environ.get("ARMILLARY_REFERENCE_DATA", ROOT.parent / "shared" / "data")) / "tokenizers"
+
+
+@pytest.mark.skipif(not TABLES.exists(), reason="the reference data with published tables is not here")
+def test_a_published_table_encodes_as_its_own_library_does():
+    path = TABLES / "cl100k_base.tiktoken.gz"
+    rows = (line.split() for line in gzip.decompress(path.read_bytes()).splitlines())
+    ranks = {base64.b64decode(token): int(rank) for token, rank in rows}
+    theirs = tiktoken.Encoding("cl100k_base", pat_str=PATTERNS["cl100k_base"], mergeable_ranks=ranks, special_tokens={})
+    ours = Tokenizer.from_file(path)
+    assert ours.size == len(ranks) + 3
+    samples = [
+        "Hello, world! It's 12345 o'clock.\n\n  don't\tstop",
+        "na\u00efve caf\u00e9 \u2013 \u6771\u4eac \U0001f389\U0001f389",
+        "    def f(x):\n        return x**2\r\n",
+        "<|endoftext|> <|image|>",
+        "a" * 100 + " " * 50 + "x",
+        "\u00c0\u00c9\u00ce \u017f \u212a",
+        "\x00\x01\x7f",
+    ]
+    from pydoc_data.topics import topics
+
+    for sample in [*samples, *list(topics.values())[:20]]:
+        assert ours.encode(sample) == theirs.encode(sample, disallowed_special=())
+        assert ours.decode(ours.encode(sample)) == sample
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("none.json", None, "No such file"),
+        ("x.json", b"[]", "cannot be read"),
+        ("x.tiktoken", b"YQ== 0\n", "name it as one of"),
+        ("gpt2.tiktoken", b"YQ==\n", "not a token and a rank"),
+        ("gpt2.tiktoken", b"YQ== 0\nYg== 1\nYWJj 2\n", "no merge of two others"),
+        ("x.json.gz", b"no gzip", "cannot be read"),
+    ],
+)
+def test_a_file_that_is_no_tokenizer_is_refused(tmp_path, name, content, words):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as error:
+        Tokenizer.from_file(tmp_path / name)
+    assert words in str(error.value)
+    assert error.value.where == str(tmp_path / name)

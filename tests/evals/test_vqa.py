@@ -4,7 +4,7 @@ import pytest
 from armillary.data_pipeline.config import DataConfig
 from armillary.data_pipeline.images import ImageShape
 from armillary.data_pipeline.loader import Loader
-from armillary.data_pipeline.sources import Question, easy_vqa_questions
+from armillary.data_pipeline.sources.easy_vqa import Question, easy_vqa_questions
 from armillary.evals.vqa import batches, blind_accuracy, score
 
 SHAPE = ImageShape(64, 16)

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from armillary.data_pipeline.shards import read_manifest, write_manifest
-from armillary.data_pipeline.sources import easy_vqa_questions
+from armillary.data_pipeline.sources.easy_vqa import easy_vqa_questions
 from armillary.launcher.run import Run
 from tests.conftest import ARMILLARY, free_port, refused
 from tests.data_pipeline.test_build import own_source

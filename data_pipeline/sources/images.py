@@ -1,0 +1,47 @@
+"""Folders of images with captions: NAME.jpg beside NAME.txt, or all captions in a metadata.jsonl."""
+
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from armillary.data_pipeline.config import SourceConfig
+from armillary.data_pipeline.sources.part import Part, files_of, grouped, inside, read_file
+from armillary.data_pipeline.sources.record import Record
+from armillary.errors import DataError
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+METADATA = "metadata.jsonl"
+
+
+def parts(source: SourceConfig) -> list[Part]:
+    """Images in groups of about 64 MiB."""
+    return grouped(files_of(source.path, ENDINGS))
+
+
+def read(source: SourceConfig, part: Part) -> Iterator[Record]:
+    """A record an image, with its caption as a text to learn."""
+    root = Path(source.path)
+    captions = _captions(root)
+    for file in map(Path, part.files):
+        name = file.relative_to(root).as_posix() if root.is_dir() else file.name
+        yield Record(name, file.parent, functools.partial(_fields, file, captions.get(file), source))
+
+
+def _fields(file: Path, caption: dict | None, source: SourceConfig) -> dict:
+    caption = caption or {source.text_field: read_file(file.with_suffix(".txt")).decode("utf-8-sig")}
+    return caption | {source.image_field: read_file(file)}
+
+
+def _captions(root: Path) -> dict[Path, dict]:
+    """Records of the folder's metadata.jsonl, by the file that their `file_name` names; none where it is missing."""
+    if not (root / METADATA).is_file():
+        return {}
+    found = {}
+    try:
+        for line in read_file(root / METADATA).decode().splitlines():
+            record = json.loads(line)
+            found[inside(root, record["file_name"])] = record
+    except (ValueError, KeyError, TypeError):
+        raise DataError("a line is no record with a `file_name`", root / METADATA, "correct it") from None
+    return found

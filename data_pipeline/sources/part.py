@@ -1,0 +1,59 @@
+"""Parts: what one worker reads at a time."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from armillary.errors import DataError
+from armillary.table import Table
+
+PART_BYTES = 64 << 20
+
+
+class Part(Table):
+    """Some files of a source, or a stretch of one file: [start, stop) of its bytes, rows or items; stop 0: all."""
+
+    files: tuple[str, ...]
+    start: int = 0
+    stop: int = 0
+
+
+def files_of(path: str, endings: Iterable[str]) -> list[Path]:
+    """A file, or all files under a folder with one of the endings, by name; DataError where there is no such path."""
+    root = Path(path)
+    if root.is_file():
+        return [root]
+    if not root.is_dir():
+        raise DataError("the source's path is neither a file nor a folder", root, "correct its `path`")
+    endings = tuple(endings)
+    return sorted(f for f in root.rglob("*") if f.name.lower().endswith(endings) and f.is_file())
+
+
+def grouped(files: list[Path], size: int = PART_BYTES) -> list[Part]:
+    """Whole files in parts of about `size` bytes."""
+    parts, group, held = [], [], 0
+    for file in files:
+        group.append(str(file))
+        held += file.stat().st_size
+        if held >= size:
+            parts.append(Part(files=tuple(group)))
+            group, held = [], 0
+    return [*parts, Part(files=tuple(group))] if group else parts
+
+
+def inside(root: Path, name: str) -> Path:
+    """The path of a file that another file names; DataError where it leads out of `root`."""
+    path = root / name
+    if not os.path.realpath(path).startswith(os.path.realpath(root) + os.sep):
+        raise DataError("a file is named that lies outside the source's folder", name, "name files inside it only")
+    return path
+
+
+def read_file(path: Path) -> bytes:
+    """A file's bytes; DataError where they cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"a file cannot be read: {error.strerror}", path, "check the path and its permissions"
+        ) from None

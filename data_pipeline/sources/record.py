@@ -1,0 +1,113 @@
+"""Records, as lines, rows and files hold them, to documents."""
+
+import base64
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from armillary.data_pipeline.config import SourceConfig
+from armillary.data_pipeline.document import Answer, Document, Picture, Text
+from armillary.data_pipeline.images import decode
+from armillary.data_pipeline.sources.part import inside, read_file
+from armillary.errors import DataError
+
+DATA_URI = "data:image/"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record: where it stands, the folder that paths in it start from, and how to get its fields.
+
+    `load` may raise UnicodeDecodeError, or ValueError where the bytes are not what their format says.
+    """
+
+    name: str
+    root: Path
+    load: Callable[[], Any]
+
+
+def document_of(record: Record, source: SourceConfig) -> Document:
+    """A record as a document; DataError, with its name, where it cannot be one.
+
+    A record has `parts`, a list of {"text"}, {"prompt"}, {"answer"} and {"image"} in reading order; or a text
+    (`source.text_field`), or `question` and `answer`, each with an image before it (`source.image_field`) or not.
+    An image is a path, a data URI, bytes, or {"bytes": ...} or {"path": ...}. `weight` is optional.
+    """
+    try:
+        fields = record.load()
+        if not isinstance(fields, dict):
+            raise ValueError("it is no table of fields")
+        parts = _parts(fields, source, record.root)
+        if not any(isinstance(part, Picture) or part.text.strip() for part in parts):
+            raise ValueError("it is empty")
+        return Document(tuple(parts), record.name, _weight(fields.get("weight")))
+    except UnicodeDecodeError:
+        reason = "it is not valid UTF-8"
+    except DataError as error:
+        raise DataError(error.what, error.where or record.name, _fix(error.fix)) from None
+    except (ValueError, RecursionError) as error:
+        reason = str(error) or "it is nested too deeply"
+    raise DataError(f"a record cannot be used: {reason}", record.name, _fix("correct it"))
+
+
+def _fix(first: str) -> str:
+    return f'{first}, or set bad = "skip" for its source'
+
+
+def _parts(fields: dict, source: SourceConfig, root: Path) -> list[Text | Picture | Answer]:
+    if isinstance(listed := fields.get("parts"), list):
+        return [_part(one, root) for one in listed]
+    image = fields.get(source.image_field)
+    before = [] if image is None else [_picture(image, root)]
+    if "answer" in fields:
+        return [*before, Text(_text(fields.get("question")), learned=False), Answer(_text(fields["answer"]))]
+    return [*before, Text(_text(fields.get(source.text_field)))]
+
+
+def _part(one: Any, root: Path) -> Text | Picture | Answer:
+    match one:
+        case {"text": text}:
+            return Text(_text(text))
+        case {"prompt": text}:
+            return Text(_text(text), learned=False)
+        case {"answer": text}:
+            return Answer(_text(text))
+        case {"image": image}:
+            return _picture(image, root)
+    raise ValueError("one of its parts is no text, prompt, answer or image")
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("it has no text where one is needed")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError("its text is not valid Unicode")
+    return value
+
+
+def _weight(value: Any) -> float:
+    if value is None:
+        return 1.0
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e6:
+        raise ValueError("its weight is no number above 0")
+    return float(value)
+
+
+def _picture(value: Any, root: Path) -> Picture:
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, str) and value.startswith(DATA_URI):
+        value = base64.b64decode(value.partition(",")[2], validate=True)
+    elif isinstance(value, str):
+        value = read_file(inside(root, value))
+    if not isinstance(value, bytes):
+        raise ValueError("an image is no path, data URI or bytes")
+    _check(value)
+    return Picture(value)
+
+
+@functools.lru_cache(256)  # the questions of one picture stand behind each other
+def _check(data: bytes) -> None:
+    decode(data)

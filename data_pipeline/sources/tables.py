@@ -1,0 +1,65 @@
+"""Tables: Parquet files, and folders that the Hugging Face `datasets` library saved to disk. A row is a record."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from armillary.data_pipeline.config import SourceConfig
+from armillary.data_pipeline.sources.part import Part, files_of
+from armillary.data_pipeline.sources.record import Record
+from armillary.errors import DataError
+
+
+def parts(source: SourceConfig) -> list[Part]:
+    """Row groups of Parquet files, whole Arrow files."""
+    if source.kind == "huggingface":
+        return [Part(files=(str(file),)) for file in files_of(source.path, (".arrow",))]
+    found = []
+    for file in files_of(source.path, (".parquet",)):
+        with _opened(file) as table:
+            found += [Part(files=(str(file),), start=n, stop=n + 1) for n in range(table.num_row_groups)]
+    return found
+
+
+def read(source: SourceConfig, part: Part) -> Iterator[Record]:
+    """The rows."""
+    path = Path(part.files[0])
+    batches = _arrow(path) if source.kind == "huggingface" else _parquet(path, part.start)
+    rows = (row for batch in batches for row in batch.to_pylist())
+    for number, row in enumerate(rows):
+        yield Record(f"{path.name}:{part.start}:{number}", path.parent, lambda row=row: row)
+
+
+def _parquet(path: Path, group: int) -> Iterator[pa.RecordBatch]:
+    with _opened(path) as table:
+        try:
+            yield from table.iter_batches(batch_size=256, row_groups=[group])
+        except (pa.ArrowException, OSError) as error:
+            raise _damaged(path, error) from None
+
+
+def _opened(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(path, error) from None
+
+
+def _arrow(path: Path) -> Iterator[pa.RecordBatch]:
+    """Batches of a stream, as `save_to_disk` writes it, or of a random-access file."""
+    try:
+        with pa.memory_map(str(path)) as file:
+            if file.read(6) == b"ARROW1":
+                reader = pa.ipc.open_file(file)
+                yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
+            else:
+                file.seek(0)
+                yield from pa.ipc.open_stream(file)
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> DataError:
+    return DataError(f"a table cannot be read: {str(error).splitlines()[0]}", path, "restore or remove the file")

@@ -1,0 +1,19 @@
+"""Text files: each is one document."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from armillary.data_pipeline.config import SourceConfig
+from armillary.data_pipeline.sources.part import Part, files_of, grouped, read_file
+from armillary.data_pipeline.sources.record import Record
+
+
+def parts(source: SourceConfig) -> list[Part]:
+    """Whole files, in groups of about 64 MiB."""
+    return grouped(files_of(source.path, (".txt", ".md", ".rst")))
+
+
+def read(source: SourceConfig, part: Part) -> Iterator[Record]:
+    """A record a file."""
+    for file in map(Path, part.files):
+        yield Record(file.name, file.parent, lambda file=file: {source.text_field: read_file(file).decode("utf-8-sig")})

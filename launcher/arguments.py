@@ -1,0 +1,13 @@
+"""Arguments that several commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB.toml", help="the job file")]
+Overrides = Annotated[list[str], typer.Argument(metavar="[TABLE.KEY=VALUE]...", help="keys set over the job file's")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="the run's directory")]
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON line on standard output")]
+StopAt = Annotated[int, typer.Option(help="stop after this step, with a checkpoint; 0: train to the end", min=0)]
+Address = Annotated[str, typer.Option(help="Ray cluster to join; sets cluster.address")]

@@ -1,0 +1,151 @@
+"""`armillary data ...`: making shards, looking at them, checking them."""
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from armillary.errors import DataError, JobError
+from armillary.launcher.arguments import Address, AsJson, JobFile, Overrides, RunPath
+
+app = typer.Typer(help="Make data ready, and look at it.", no_args_is_help=True)
+Shards = Annotated[Path, typer.Argument(metavar="PATH", help="the folder of the shards")]
+
+
+@app.command()
+def build(
+    job_file: JobFile,
+    overrides: Overrides = (),
+    force: Annotated[bool, typer.Option("--force", help="replace shards that are there")] = False,
+    workers: Annotated[int, typer.Option(help="processes at once; 0: one a processor", min=0)] = 0,
+    address: Address = "",
+    as_json: AsJson = False,
+) -> None:
+    """Tokenize and encode the job's sources into Arrow shards. A build that was killed goes on where it stopped."""
+    from armillary.data_pipeline.build import build as build_shards
+    from armillary.data_pipeline.build import ensure_built
+    from armillary.data_pipeline.shards import MANIFEST
+    from armillary.launcher.job import load_job
+    from armillary.launcher.spread import spread
+    from armillary.launcher.train import say_built
+
+    job, console = load_job(job_file, overrides).with_absolute_paths(), Console(stderr=True)
+    if not force and (Path(job.data.path) / MANIFEST).exists():
+        manifest = ensure_built(job.data)
+        console.print("the shards are there already", highlight=False)
+    else:
+        each = spread(address or job.cluster.address, workers or os.cpu_count() or 1)
+        manifest = build_shards(job.data, lambda *done: say_built(console, *done), force, each)
+    if as_json:
+        reports = {source: report.model_dump() for source, report in manifest.reports.items()}
+        print(json.dumps({"path": job.data.path, "sources": reports}))
+        return
+    for source, report in manifest.reports.items():
+        kept = ", ".join(f"{getattr(report, key):,} {key}" for key in ("documents", "tokens", "images", "bytes"))
+        print(f"{source}: {kept}")
+        for reason, count in report.dropped.items():
+            print(f"  dropped {count:,}: {reason}")
+        for example in report.examples:
+            print(f"    {example}")
+    print(f"shards are in {job.data.path}")
+
+
+@app.command()
+def verify(path: Shards, as_json: AsJson = False) -> None:
+    """Read every byte of the shards and compare it with their checksums."""
+    from rich.progress import Progress
+
+    from armillary.data_pipeline.shards import read_manifest
+    from armillary.data_pipeline.verify import verify as verify_shards
+
+    manifest = read_manifest(path)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("bytes", total=None)
+        found = verify_shards(path, manifest, lambda done, total: progress.update(task, completed=done, total=total))
+    shards = sum(map(len, manifest.sources.values()))
+    if as_json:
+        print(json.dumps({"shards": shards, "damaged": [{"what": e.what, "where": e.where} for e in found]}))
+    elif not found:
+        print(f"{shards:,} shards are as they were written")
+    if found:
+        where = ", ".join(error.where for error in found)
+        raise DataError(f"{len(found)} of {shards} shards are damaged: {found[0].what}", where, found[0].fix)
+
+
+@app.command()
+def inspect(
+    path: Shards,
+    source: Annotated[str, typer.Option(help="only this source")] = "",
+    count: Annotated[int, typer.Option(help="documents to show of each source", min=0)] = 3,
+    seed: Annotated[int, typer.Option(help="which ones are drawn", min=0)] = 0,
+    sheet: Annotated[Path | None, typer.Option(help="write a PNG of pictures with their captions")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What shards hold: figures, a few documents, a sheet of their pictures."""
+    from armillary.data_pipeline.inspect import contact_sheet, samples, statistics
+    from armillary.data_pipeline.shards import read_manifest
+
+    manifest = read_manifest(path)
+    if source and source not in manifest.sources:
+        raise JobError(f"there is no source {source}", path, f"the sources are: {', '.join(manifest.sources)}")
+    figures = {name: one for name, one in statistics(path, manifest).items() if source in ("", name)}
+    shown = {name: samples(path, manifest, name, count, seed) for name in figures}
+    if sheet is not None:
+        pictured = [d for name in figures for d in samples(path, manifest, name, max(count, 24), seed)]
+        image = contact_sheet(pictured)
+        if image is None:
+            raise JobError("there are no pictures to show", path, "leave --sheet out")
+        try:
+            image.save(sheet, "png")
+        except OSError as error:
+            raise JobError(f"the sheet cannot be written: {error.strerror}", sheet, "choose another path") from None
+    if as_json:
+        texts = {name: [d | {"images": len(d["images"])} for d in drawn] for name, drawn in shown.items()}
+        print(json.dumps({"sources": figures, "samples": texts}))
+        return
+    for name, one in figures.items():
+        print(
+            f"{name}: "
+            + ", ".join(f"{one[key]:,} {key}" for key in ("documents", "tokens", "images", "bytes", "shards"))
+        )
+        print("  tokens a document: " + ", ".join(f"{q} {n:,}" for q, n in one["tokens_per_document"].items()))
+        for reason, dropped in one["dropped"].items():
+            print(f"  dropped {dropped:,}: {reason}")
+        for document in shown[name]:
+            text = " ".join(document["text"].split())
+            print(f"  #{document['number']} {document['name']} ({document['tokens']} tokens)")
+            print(f"    {text[:300]}{'...' if len(text) > 300 else ''}")
+
+
+@app.command()
+def where(
+    run: RunPath,
+    step: Annotated[int, typer.Option(help="the documents that this step saw", min=0)] = 0,
+    document: Annotated[str, typer.Option(help="SOURCE:NUMBER, the steps that saw this document")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Which documents a step of a run saw, or which steps saw a document."""
+    if bool(step) == bool(document):
+        raise JobError("either a step or a document is needed", "command line", "give --step 5, or --document pydoc:17")
+    from armillary.launcher.run import Run
+    from armillary.launcher.where import Where
+
+    found = Where(Run.open(run))
+    if step:
+        documents = found.step(step)
+        if as_json:
+            print(json.dumps({"step": step, "documents": documents}))
+            return
+        for one in documents:
+            print(f"row {one['row']}  {one['source']}:{one['number']}  {one['start']}-{one['stop']}  {one['name']}")
+        return
+    source, _, number = document.rpartition(":")
+    if not number.isdigit():
+        raise JobError(
+            f"a document is not of the form SOURCE:NUMBER: {document}", "command line", "for example pydoc:17"
+        )
+    steps = list(found.document(source, int(number)))
+    print(json.dumps({"document": document, "steps": steps}) if as_json else " ".join(map(str, steps)) or "no step yet")

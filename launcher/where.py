@@ -1,0 +1,76 @@
+"""Which documents a step saw, and which step saw a document: from a run's events and its shards, nothing recorded."""
+
+import bisect
+from collections.abc import Iterator
+
+from armillary.data_pipeline.cursor import Cursor
+from armillary.data_pipeline.loader import Loader
+from armillary.errors import JobError
+from armillary.launcher.run import Run
+
+
+class Where:
+    """A run's steps and the documents behind them."""
+
+    def __init__(self, run: Run):
+        self._run, job = run, run.job()
+        self.loader = Loader(job.data, job.image_shape)
+        self._sources = [source.name for source in job.data.sources]
+        curve = run.curve()
+        self._steps = [event["step"] for event in curve]
+        self._ends = [(event["cursor"]["block"], event["cursor"]["row"]) for event in curve]
+
+    def step(self, step: int) -> list[dict]:
+        """The documents of a step, in the order of its rows: row, source, number, name, and their part of the row's
+        positions (start, stop). JobError where the run has not done that step."""
+        if step not in self._steps:
+            raise JobError(f"the run has not done step {step}", self._run.path, f"it has done {len(self._steps)} steps")
+        place = self._steps.index(step)
+        at = Cursor(block=self._ends[place - 1][0], row=self._ends[place - 1][1]) if place else Cursor()
+        found, row = [], 0
+        while (at.block, at.row) < self._ends[place]:
+            (rows,), at = self.loader.plan(at, 1)
+            pieces, _ = self.loader.pieces([rows])
+            block = rows.block
+            first = int(block.packed.row_ends[rows.first - 1]) if rows.first else 0
+            for number, (columns, place_in) in enumerate(zip(pieces.columns, pieces.row.tolist(), strict=True)):
+                document = int(block.packed.document[first + number])
+                found.append({
+                    "row": row,
+                    "source": self._sources[int(pieces.source[number])],
+                    "number": int(block.document[document]),
+                    "name": columns.names[place_in].as_py(),
+                    "start": int(pieces.start[number]),
+                    "stop": int(pieces.stop[number]),
+                })  # fmt: skip
+            row += 1
+        return found
+
+    def document(self, source: str, number: int) -> Iterator[int]:
+        """The steps that saw any part of document `number` of a source. JobError where there is no such document."""
+        if source not in self._sources:
+            raise JobError(
+                f"there is no source {source}", self._run.path, f"the sources are: {', '.join(self._sources)}"
+            )
+        which, mixture = self._sources.index(source), self.loader.mixture
+        if not 0 <= number < mixture.sizes[which]:
+            raise JobError(f"{source} has no document {number}", self._run.path, f"it has {mixture.sizes[which]:,}")
+        seen: set[int] = set()
+        epoch = 0
+        while self._ends:
+            block = mixture.block_of(which, mixture.ordinal(which, number, epoch))
+            if block is None or block > self._ends[-1][0]:
+                return
+            for row in self._rows_with(block, which, number):
+                step = bisect.bisect_right(self._ends, (block, row))
+                if step < len(self._steps) and self._steps[step] not in seen:
+                    seen.add(self._steps[step])
+                    yield self._steps[step]
+            epoch += 1
+
+    def _rows_with(self, number: int, source: int, document: int) -> list[int]:
+        """Rows of a block that hold a part of the document."""
+        block = self.loader.block(number)
+        mine = (block.source[block.packed.document] == source) & (block.document[block.packed.document] == document)
+        ends = block.packed.row_ends.tolist()
+        return sorted({bisect.bisect_right(ends, piece) for piece in mine.nonzero()[0].tolist()})

@@ -1,0 +1,112 @@
+"""`armillary data ...` as a user types it."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from armillary.data_pipeline.cursor import Cursor
+from armillary.launcher.job import load_job
+from armillary.launcher.run import Run
+from armillary.launcher.where import Where
+from tests.conftest import refused
+from tests.data_pipeline.test_sources import lines, png
+
+
+@pytest.fixture
+def job(tmp_path):
+    """A job of two sources: texts in four files, and three captioned pictures, one of them broken."""
+    for folder in ("texts", "pictures"):
+        (tmp_path / folder).mkdir()
+    for part in range(4):
+        lines(tmp_path / "texts" / f"{part}.jsonl", *({"text": f"this is text {part} {n}"} for n in range(50)))
+    for number in range(3):
+        (tmp_path / "pictures" / f"{number}.png").write_bytes(png(number) if number else b"no picture")
+        (tmp_path / "pictures" / f"{number}.txt").write_text(f"picture {number}")
+    path = tmp_path / "job.toml"
+    path.write_text("""
+[model]
+image_size = 16
+patch_size = 8
+
+[data]
+path = "shards"
+seq_length = 32
+sources = [
+  { kind = "jsonl", name = "texts", path = "texts" },
+  { kind = "images", name = "pictures", path = "pictures", bad = "skip" },
+]
+""")
+    return path
+
+
+def test_build_inspect_and_verify(job, armillary, tmp_path):
+    done = armillary("data", "build", job, "--json")
+    assert done.returncode == 0, done.stderr
+    sources = json.loads(done.stdout)["sources"]
+    assert (sources["texts"]["documents"], sources["pictures"]["documents"]) == (200, 2)
+    assert sources["pictures"]["dropped"] == {"could not be used": 1}
+    assert "part 4 of 4" in done.stderr
+    told = armillary("data", "inspect", "shards", "--sheet", "sheet.png", "--count", "2")
+    assert told.returncode == 0, told.stderr
+    assert "200 documents" in told.stdout
+    assert "[image] picture" in told.stdout
+    assert "dropped 1: could not be used" in told.stdout
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width > sheet.height > 100
+    figures = json.loads(armillary("data", "inspect", "shards", "--source", "texts", "--json").stdout)
+    assert list(figures["sources"]) == ["texts"]
+    assert figures["sources"]["texts"]["tokens_per_document"]["50%"] > 3
+    refused(armillary("data", "inspect", "shards", "--source", "none"), "no source none", "texts")
+    assert "5 shards are as they were written" in armillary("data", "verify", "shards").stdout
+    shard = next((tmp_path / "shards").glob("texts-00002-*.arrow"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    refused(armillary("data", "verify", "shards"), "1 of 5 shards are damaged", shard.name)
+    assert json.loads(armillary("data", "verify", "shards", "--json").stdout)["damaged"][0]["where"].endswith(
+        shard.name
+    )
+    refused(armillary("data", "verify", "nowhere"), "no shards here")
+
+
+def test_a_build_over_processes_stops_at_the_first_bad_record(job, armillary, tmp_path):
+    with open(tmp_path / "texts" / "2.jsonl", "a") as file:
+        file.write("no json\n")
+    refused(armillary("data", "build", job, "--workers", "2"), "cannot be used", "2.jsonl:")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["job.toml", "pictures", "texts"]
+
+
+def test_where_tells_steps_from_documents_and_back(job, armillary, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert armillary("data", "build", job, "--workers", "1").returncode == 0
+    loaded = load_job(job).with_absolute_paths()
+    from armillary.data_pipeline.shards import read_manifest
+
+    run = Run.create(tmp_path / "run", loaded, read_manifest(tmp_path / "shards"))
+    run.event("launch", from_step=0)
+    where, cursor = Where(run), Cursor()
+    for step in range(1, 41):
+        _, cursor = where.loader.plan(cursor, 100)
+        run.event("step", step=step, cursor=cursor.model_dump())
+    where = Where(run)
+    seen = {step: where.step(step) for step in (1, 2, 17, 40)}
+    for step, documents in seen.items():
+        assert len({one["row"] for one in documents}) == 100
+        for one in documents[::97]:
+            assert step in where.document(one["source"], one["number"])
+    number = seen[17][0]["number"]
+    steps = list(where.document("texts", number))
+    assert steps == sorted(steps)
+    for step in range(1, 41):
+        named = any(one["source"] == "texts" and one["number"] == number for one in where.step(step))
+        assert named == (step in steps)
+    told = armillary("data", "where", "run", "--step", "17", "--json")
+    assert json.loads(told.stdout)["documents"] == seen[17]
+    told = armillary("data", "where", "run", "--document", f"texts:{number}")
+    assert told.stdout.split() == [str(step) for step in steps]
+    refused(armillary("data", "where", "run"), "either a step or a document")
+    refused(armillary("data", "where", "run", "--step", "41"), "has not done step 41")
+    refused(armillary("data", "where", "run", "--document", "texts:200"), "no document 200")
+    refused(armillary("data", "where", "run", "--document", "books:1"), "no source books")
+    refused(armillary("data", "where", "run", "--document", "books"), "SOURCE:NUMBER")
