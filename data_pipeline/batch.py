@@ -2,6 +2,7 @@
 
 import bisect
 import collections
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -47,19 +48,12 @@ class Pieces:
 
     columns: list[Columns]  # where the piece's document is
     row: np.ndarray  # int64: its number there
-    first: np.ndarray  # int64: see first_tokens
+    first: np.ndarray  # int64: as in shards.INDEX_SCHEMA
     start: np.ndarray  # int64: the piece is input positions [start, stop) of the document
     stop: np.ndarray  # int64
     at: np.ndarray  # int64: the batch's position where it begins
     source: np.ndarray  # int32
     variation: np.ndarray  # uint64: names the random variation of its images; 0: as they are
-
-
-def first_tokens(columns: Columns, rows: np.ndarray) -> np.ndarray:
-    """Where the tokens of documents begin, int64; -1 where a document has images, roles or a weight."""
-    special = np.diff(columns.image_offsets)[rows] + np.diff(columns.span_offsets)[rows] > 0
-    special |= columns.weights[rows] != 1
-    return np.where(special, -1, columns.offsets[rows].astype(np.int64))
 
 
 def assemble(
@@ -94,25 +88,33 @@ def assemble(
             last.append(label)
             images += [_Image(place, columns.image(j), _one_of(variation, j)) for place, j in found]
     ends = pieces.at + pieces.stop - pieces.start
-    labels = np.zeros_like(tokens)
+    labels = np.empty_like(tokens)
     labels[:-1] = tokens[1:]
+    labels[-1] = 0
     labels[ends - 1] = last
-    edges = np.unique(np.concatenate([pieces.at, ends, np.arange(rows + 1) * seq_length]))
+    edges = np.unique(np.concatenate([pieces.at, ends, np.arange(rows + 1) * seq_length])).astype(np.int32)
     sizes, padding = np.diff(edges), np.isin(edges[:-1], pieces.at, assume_unique=True, invert=True)
     for begin, end in zip(edges[:-1][padding].tolist(), edges[1:][padding].tolist(), strict=True):
         mask[begin:end] = labels[begin:end] = 0
+    begins_T = np.repeat(edges[:-1], sizes)
     sources = np.full(len(sizes), -1, np.int32)
     sources[~padding] = pieces.source
     return PackedBatch(
         tokens_T=tokens,
         labels_T=labels,
         loss_mask_T=mask,
-        positions_T=np.arange(total, dtype=np.int32) - np.repeat(edges[:-1].astype(np.int32), sizes),
-        cu_seqlens=edges.astype(np.int32),
+        positions_T=np.subtract(_numbers(total), begins_T, out=begins_T),
+        cu_seqlens=edges,
         piece_sources=sources,
         patches_IND=_patches(images if with_images else [], shape, each),
         image_starts_I=np.array([image.place for image in images], np.int64),
     )
+
+
+@functools.lru_cache(4)
+def _numbers(count: int) -> np.ndarray:
+    """0, 1, ..., int32: read only."""
+    return np.arange(count, dtype=np.int32)
 
 
 def whole_documents(columns: Columns, seq_length: int, shape: ImageShape) -> tuple[Pieces, int]:
@@ -130,7 +132,7 @@ def whole_documents(columns: Columns, seq_length: int, shape: ImageShape) -> tup
     return Pieces(
         columns=[columns] * len(rows),
         row=rows,
-        first=first_tokens(columns, rows),
+        first=np.full(len(rows), -1),
         start=nothing,
         stop=lengths.astype(np.int64),
         at=np.array(places, np.int64),

@@ -61,9 +61,10 @@ class DataConfig(Table):
     compression: Literal["none", "zstd"] = Field("none", description="of shards: none is fastest, zstd smallest")
     seq_length: int = Field(512, ge=8, description="positions in one packed row")
     max_images: int = Field(256, ge=1, description="images in one packed row at most")
-    packing: Literal["greedy", "best_fit"] = Field(
+    packing: Literal["greedy", "best_fit", "windows"] = Field(
         "greedy",
-        description="greedy: in order, text cut at rows' ends; best_fit: only what is longer than a row is cut",
+        description="greedy: in order, text cut at rows' ends; best_fit: only what is longer than a row is cut; "
+        "windows: stretches of the token stream, which see across documents (text only)",
     )
     seed: int = Field(1234, ge=0, description="seed of the global shuffle")
 

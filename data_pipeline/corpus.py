@@ -2,12 +2,14 @@
 
 import functools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from armillary.data_pipeline.shards import Columns, Manifest, ShardReader, schema_of
+from armillary.data_pipeline.shards import Columns, Manifest, Shard, ShardReader, schema_of
 from armillary.data_pipeline.tokenizer import Tokenizer
+from armillary.errors import DataError
 
 OPEN = 4096  # shards, and batches, that are held open: views of mapped files, a few kilobytes each
 
@@ -23,23 +25,22 @@ class Corpus:
         self.tokens = sum(shard.tokens for shard in self._shards)
         self.images = sum(shard.images for shard in self._shards)
         self.reader = functools.lru_cache(OPEN)(self._reader)
-        self.columns = functools.lru_cache(OPEN)(self._columns)
 
-    def sizes(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """How many tokens and images each of `documents` (int64 [n]) has, int64 [n] each."""
-        tokens, images = np.empty(len(documents), np.int64), np.empty(len(documents), np.int64)
+    def columns(self, shard: int, batch: int) -> Columns:
+        """A batch of a shard, opened anew."""
+        return self.reader(shard).columns(batch)
+
+    def look_up(self, documents: np.ndarray) -> "Entries":
+        """What the indexes say of `documents` (int64 [n]); no batch is read."""
+        found = Entries(*(np.empty(len(documents), np.int64) for _ in range(6)))
         for shard, which, rows in self._by_shard(documents):
             reader = self.reader(shard)
-            tokens[which], images[which] = reader.tokens[rows], reader.images[rows]
-        return tokens, images
-
-    def locate(self, documents: np.ndarray) -> Iterator[tuple[np.ndarray, Columns, np.ndarray]]:
-        """(which of `documents`, their batch, their rows in it), batch by batch."""
-        for shard, which, rows in self._by_shard(documents):
-            ends = self.reader(shard).batch_ends
-            for batch, within in groups(np.searchsorted(ends, rows, side="right")):
-                begin = int(ends[batch - 1]) if batch else 0
-                yield which[within], self.columns(shard, batch), rows[within] - begin
+            batch = np.searchsorted(reader.batch_ends, rows, side="right")
+            found.tokens[which], found.images[which] = reader.tokens[rows], reader.images[rows]
+            found.first[which] = reader.first[rows]
+            found.shard[which], found.batch[which] = shard, batch
+            found.row[which] = rows - reader.batch_begins[batch]
+        return found
 
     def _by_shard(self, documents: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         for shard, which in groups(np.searchsorted(self._ends, documents, side="right")):
@@ -49,8 +50,50 @@ class Corpus:
     def _reader(self, shard: int) -> ShardReader:
         return ShardReader(self._folder, self._shards[shard], self._schema)
 
-    def _columns(self, shard: int, batch: int) -> Columns:
-        return self.reader(shard).columns(batch)
+
+class Windows:
+    """A source's tokens without regard to documents: each window is `length` positions of a batch's token buffer.
+
+    Stands in for a Corpus. DataError where the source has images, for a window would cut them.
+    """
+
+    def __init__(self, corpus: Corpus, source: str, shards: tuple[Shard, ...], length: int):
+        if corpus.images:
+            raise DataError(
+                f"the source {source} has images, which windows would cut", "data.packing", "pack it greedily instead"
+            )
+        counts = [np.maximum(np.array(shard.batch_tokens) - 1, 0) // length for shard in shards]
+        self._ends = np.cumsum(np.concatenate(counts))  # int64 [batches of all shards]
+        self._shard = np.repeat(np.arange(len(shards)), [len(count) for count in counts])
+        self._batch = np.concatenate([np.arange(len(count)) for count in counts])
+        self._length = length
+        self.columns = corpus.columns
+        self.documents = int(self._ends[-1])
+        if not self.documents:
+            raise DataError(
+                f"the source {source} has no window of {length} tokens", "data.seq_length", "take a smaller one"
+            )
+        self.tokens, self.images = self.documents * (length + 1), 0
+
+    def look_up(self, windows: np.ndarray) -> "Entries":
+        """Where `windows` (int64 [n]) are."""
+        place = np.searchsorted(self._ends, windows, side="right")
+        begin = np.where(place > 0, self._ends[place - 1], 0)
+        nothing = np.zeros(len(windows), np.int64)
+        first = (windows - begin) * self._length
+        return Entries(nothing + self._length + 1, nothing, first, self._shard[place], self._batch[place], nothing - 1)
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Documents as the indexes know them, int64 [n] each: see shards.INDEX_SCHEMA, and where each is."""
+
+    tokens: np.ndarray
+    images: np.ndarray
+    first: np.ndarray
+    shard: np.ndarray
+    batch: np.ndarray
+    row: np.ndarray  # in its batch
 
 
 def groups(keys: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:

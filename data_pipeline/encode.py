@@ -15,10 +15,11 @@ from armillary.data_pipeline.config import SourceConfig
 from armillary.data_pipeline.dedup import BANDS, exact_key, near_keys
 from armillary.data_pipeline.document import Document, Encoded, Picture
 from armillary.data_pipeline.filters import length_problem, quality_problem
-from armillary.data_pipeline.shards import Shard, schema_of, write_shards
+from armillary.data_pipeline.shards import Shard, schema_of
 from armillary.data_pipeline.sources import read_part
 from armillary.data_pipeline.sources.part import Part
 from armillary.data_pipeline.tokenizer import Tokenizer
+from armillary.data_pipeline.write import write_shards
 from armillary.errors import DataError
 from armillary.table import SealedTable
 

@@ -22,7 +22,7 @@ def statistics(folder: Path, manifest: Manifest) -> dict[str, dict]:
     tokenizer, found = Tokenizer.from_json(manifest.tokenizer), {}
     for source, report in manifest.reports.items():
         corpus = Corpus(folder, manifest, source, tokenizer)
-        tokens, _ = corpus.sizes(_sample(corpus, SAMPLED, seed=0))
+        tokens = corpus.look_up(_sample(corpus, SAMPLED, seed=0)).tokens
         quantiles = np.percentile(tokens, QUANTILES, method="nearest").astype(int).tolist()
         found[source] = report.model_dump(exclude={"examples"}) | {
             "shards": len(manifest.sources[source]),
@@ -37,16 +37,18 @@ def samples(folder: Path, manifest: Manifest, source: str, count: int, seed: int
     corpus = Corpus(folder, manifest, source, tokenizer)
     drawn = np.sort(_sample(corpus, count, seed))
     found = []
-    for which, columns, rows in corpus.locate(drawn):
-        for document, row in zip(drawn[which].tolist(), rows.tolist(), strict=True):
-            tokens = columns.tokens[columns.offsets[row] : columns.offsets[row + 1]].tolist()
-            found.append({
-                "name": columns.names[row].as_py(),
-                "number": document,
-                "tokens": len(tokens),
-                "text": _readable(tokens, tokenizer),
-                "images": list(_images(columns, row)),
-            })  # fmt: skip
+    entries = corpus.look_up(drawn)
+    places = (drawn, entries.shard, entries.batch, entries.row)
+    for document, shard, batch, row in zip(*(column.tolist() for column in places), strict=True):
+        columns = corpus.columns(shard, batch)
+        tokens = columns.tokens[columns.offsets[row] : columns.offsets[row + 1]].tolist()
+        found.append({
+            "name": columns.names[row].as_py(),
+            "number": document,
+            "tokens": len(tokens),
+            "text": _readable(tokens, tokenizer),
+            "images": list(_images(columns, row)),
+        })  # fmt: skip
     return found
 
 

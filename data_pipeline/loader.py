@@ -3,20 +3,20 @@
 import functools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
 from armillary.data_pipeline import pack
-from armillary.data_pipeline.batch import PackedBatch, Pieces, assemble, first_tokens
+from armillary.data_pipeline.batch import PackedBatch, Pieces, assemble
 from armillary.data_pipeline.config import DataConfig
-from armillary.data_pipeline.corpus import Corpus, groups
+from armillary.data_pipeline.corpus import OPEN, Corpus, Entries, Windows, groups
 from armillary.data_pipeline.cursor import Cursor
 from armillary.data_pipeline.images import ImageShape
 from armillary.data_pipeline.mixture import Mixture, Stage
 from armillary.data_pipeline.prefetch import prefetch
-from armillary.data_pipeline.shards import read_manifest
+from armillary.data_pipeline.shards import Columns, Manifest, read_manifest
 from armillary.data_pipeline.shuffle import key_of, mix
 from armillary.data_pipeline.tokenizer import Tokenizer
 from armillary.errors import DataError
@@ -31,6 +31,7 @@ class Block:
     number: int
     source: np.ndarray  # int64 [documents]
     document: np.ndarray  # int64 [documents]: number in its source
+    entries: Entries
     packed: pack.Packed
 
 
@@ -68,11 +69,18 @@ class Loader:
                 "data.seq_length",
                 f"set it to at least {shape.positions}, or take larger patches (model.patch_size)",
             )
-        self.corpora = [Corpus(folder, manifest, source.name, self.tokenizer) for source in config.sources]
+        self.corpora = [self._corpus(folder, manifest, source.name) for source in config.sources]
         self.mixture = _mixture(config, self.corpora, shape)
         self._augment = np.array([source.augment for source in config.sources])
         self._pool = ThreadPoolExecutor(threads, "decode") if threads > 1 else None
         self.block = functools.lru_cache(4)(self._block)
+        self._columns = functools.lru_cache(OPEN)(self._open_columns)
+
+    def _corpus(self, folder: Path, manifest: Manifest, source: str) -> Corpus | Windows:
+        corpus = Corpus(folder, manifest, source, self.tokenizer)
+        if self._config.packing == "windows":
+            return Windows(corpus, source, manifest.sources[source], self._config.seq_length)
+        return corpus
 
     def plan(self, cursor: Cursor, rows: int) -> tuple[list[Rows], Cursor]:
         """The `rows` rows from `cursor` on, and the cursor after them."""
@@ -137,68 +145,67 @@ class Loader:
         before = np.cumsum(stop - start) - (stop - start)
         row_begins = np.concatenate([[begin], ends[:-1]]) - begin
         at = before - before[row_begins][row_of] + (row_of + done) * self._config.seq_length
-        source, document = rows.block.source[of], rows.block.document[of]
-        columns: list = [None] * len(of)
-        row, first = np.empty(len(of), np.int64), np.empty(len(of), np.int64)
-        for s, mine in groups(source):
-            for found, batch, in_batch in self.corpora[s].locate(document[mine]):
-                place = mine[found]
-                row[place], first[place] = in_batch, first_tokens(batch, in_batch)
-                for index in place.tolist():
-                    columns[index] = batch
+        source, entries = rows.block.source[of], rows.block.entries
+        places = zip(source.tolist(), entries.shard[of].tolist(), entries.batch[of].tolist(), strict=True)
+        columns = [self._columns(*place) for place in places]
         variation = np.zeros(len(of), np.uint64)
         if self._augment.any():
             names = mix(of.astype(np.uint64) + key_of(self._config.seed, 2, rows.block.number)) | np.uint64(1)
             variation = np.where(self._augment[source], names, np.uint64(0))
-        return Pieces(columns, row, first, start, stop, at, source.astype(np.int32), variation)
+        return Pieces(columns, entries.row[of], entries.first[of], start, stop, at, source.astype(np.int32), variation)
 
     def _block(self, number: int) -> Block:
         source, document = self.mixture.block(number)
-        tokens, images = np.empty(len(source), np.int64), np.empty(len(source), np.int64)
+        entries = Entries(*(np.empty(len(source), np.int64) for _ in fields(Entries)))
         for s, which in groups(source):
-            tokens[which], images[which] = self.corpora[s].sizes(document[which])
-        lengths = tokens - 1 + images * (self._shape.positions - 1)
-        parts = self._parts(source, document, lengths, images)
+            found = self.corpora[s].look_up(document[which])
+            for field in fields(Entries):
+                getattr(entries, field.name)[which] = getattr(found, field.name)
+        lengths = entries.tokens - 1 + entries.images * (self._shape.positions - 1)
+        parts = self._parts(source, entries, lengths)
         seq_length, max_images = self._config.seq_length, self._config.max_images
-        if self._config.packing == "greedy":
-            packed = pack.greedy(parts, seq_length, max_images)
-        else:
+        if self._config.packing == "best_fit":
             packed = pack.best_fit(parts, seq_length, max_images, key_of(self._config.seed, 3, number))
-        return Block(number, source, document, packed)
+        else:
+            packed = pack.greedy(parts, seq_length, max_images)
+        return Block(number, source, document, entries, packed)
 
-    def _parts(self, source: np.ndarray, document: np.ndarray, lengths: np.ndarray, images: np.ndarray) -> pack.Parts:
+    def _parts(self, source: np.ndarray, entries: Entries, lengths: np.ndarray) -> pack.Parts:
         """The block's documents; those with images that do not fit in a row are cut between images."""
         filled = np.flatnonzero(lengths > 0)
-        parts = pack.Parts(filled, np.zeros(len(filled), np.int64), lengths[filled], images[filled])
+        parts = pack.Parts(filled, np.zeros(len(filled), np.int64), lengths[filled], entries.images[filled])
         long = (parts.images > 0) & (
             (parts.length > self._config.seq_length) | (parts.images > self._config.max_images)
         )
         if not long.any():
             return parts
-        rows = list(
-            zip(
-                parts.document.tolist(), parts.start.tolist(), parts.length.tolist(), parts.images.tolist(), strict=True
-            )
-        )
         cut = []
-        for row, too_long in zip(rows, long.tolist(), strict=True):
-            cut += self._cut_document(int(source[row[0]]), int(document[row[0]]), row) if too_long else [row]
+        for part in zip(*(column.tolist() for column in (*astuple(parts), long)), strict=True):
+            document, start, length, images, too_long = part
+            if too_long:
+                place = (array[document] for array in (source, entries.shard, entries.batch))
+                columns = self._columns(*map(int, place))
+                cut += self._cut_document(columns, int(entries.row[document]), document, length, images)
+            else:
+                cut.append((document, start, length, images))
         return pack.Parts(*(np.array(column, np.int64) for column in zip(*cut, strict=True)))
 
     def _cut_document(
-        self, source: int, document: int, part: tuple[int, int, int, int]
+        self, columns: Columns, row: int, document: int, length: int, images: int
     ) -> list[tuple[int, int, int, int]]:
-        number, _, length, count = part
         width, config = self._shape.positions, self._config
-        ((_, columns, (row,)),) = self.corpora[source].locate(np.array([document]))
         begin = int(columns.image_offsets[row])
-        starts = columns.image_at[begin : begin + count].astype(np.int64) + np.arange(count) * (width - 1)
+        starts = columns.image_at[begin : begin + images].astype(np.int64) + np.arange(images) * (width - 1)
         cuts = pack.cut_between_images(length, starts.tolist(), width, config.seq_length, config.max_images)
-        held = np.diff([*np.searchsorted(starts, cuts), count])
-        return list(zip([number] * len(cuts), cuts, np.diff([*cuts, length]).tolist(), held.tolist(), strict=True))
+        held = np.diff([*np.searchsorted(starts, cuts), images])
+        sizes = np.diff([*cuts, length])
+        return list(zip([document] * len(cuts), cuts, sizes.tolist(), held.tolist(), strict=True))
+
+    def _open_columns(self, source: int, shard: int, batch: int) -> Columns:
+        return self.corpora[source].columns(shard, batch)
 
 
-def _mixture(config: DataConfig, corpora: list[Corpus], shape: ImageShape) -> Mixture:
+def _mixture(config: DataConfig, corpora: list[Corpus | Windows], shape: ImageShape) -> Mixture:
     """Weights are shares of the positions, so a source of long documents is drawn from less often."""
     positions = [(c.tokens - c.documents + c.images * (shape.positions - 1)) / c.documents for c in corpora]
     per_block = BLOCK_ROWS * config.seq_length

@@ -53,7 +53,8 @@ def greedy(parts: Parts, seq_length: int, max_images: int) -> Packed:
         bounds = np.asarray(_bounds(ends, whole, np.cumsum(parts.images), seq_length, max_images), np.int64)
     else:
         bounds = np.minimum(np.arange(seq_length, total + seq_length, seq_length), total)
-    stops = np.union1d(ends, bounds)
+    stops = np.sort(np.concatenate([ends, bounds]), kind="stable")  # two sorted runs, which a stable sort merges
+    stops = stops[np.diff(stops, prepend=-1) > 0]
     starts = np.concatenate([np.zeros(min(len(stops), 1), np.int64), stops[:-1]])
     part = np.searchsorted(ends, starts, side="right")
     into = starts - (ends - parts.length)[part] + parts.start[part]

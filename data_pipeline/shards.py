@@ -1,9 +1,7 @@
 """Arrow IPC shards, their indexes and their manifest: what is on disk. docs/data-format.md specifies it."""
 
-import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,24 +10,22 @@ import pyarrow as pa
 import xxhash
 from pydantic import ValidationError
 
-from armillary.data_pipeline.document import Encoded
 from armillary.errors import DataError
 from armillary.table import SealedTable, Table
 
 MANIFEST = "manifest.json"
 FORMAT = 3
-BATCH_BYTES = 4 << 20  # of tokens and images; a batch is the least that is checked when a part of it is read
-BATCH_DOCUMENTS = 16384
 REBUILD = "restore the file, or run `armillary data build JOB.toml --force`"
 
 
 class Shard(Table):
-    """One shard and its index: names, counts, bytes and xxh3-64 checksums (hex) of both files."""
+    """One shard and its index: names, counts (`batch_tokens`: of each batch), bytes and xxh3-64 checksums (hex)."""
 
     file: str
     documents: int
     tokens: int
     images: int
+    batch_tokens: tuple[int, ...]
     bytes: int
     xxh3: str
     index_file: str
@@ -74,7 +70,9 @@ def schema_of(vocab_size: int) -> pa.Schema:
     )
 
 
-INDEX_SCHEMA = pa.schema([("tokens", pa.uint32()), ("images", pa.uint32())])
+# Of each document: its tokens, its images, and where its first token stands in its batch; -1 there if it has images,
+# roles or a weight, so that more than its tokens has to be looked at.
+INDEX_SCHEMA = pa.schema([("tokens", pa.uint32()), ("images", pa.uint32()), ("first", pa.int32())])
 
 
 def checksum(path: Path) -> str:
@@ -84,29 +82,6 @@ def checksum(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
-
-
-def record_batch(documents: list[Encoded], schema: pa.Schema) -> pa.RecordBatch:
-    """Documents as one Arrow batch of `schema_of(...)`."""
-    spans = [span for document in documents for span in document.spans]
-    images = [image for document in documents for image in document.images]
-    tokens = np.fromiter(itertools.chain.from_iterable(d.tokens for d in documents), np.uint32)
-    columns = {
-        "tokens": pa.array(tokens, schema.field("tokens").type.value_type),
-        "spans": _structs(schema, "spans", spans),
-        "images": _structs(schema, "images", images),
-    }
-    for name, values in columns.items():
-        ends = np.cumsum([0] + [len(getattr(document, name)) for document in documents])
-        columns[name] = pa.ListArray.from_arrays(ends.astype(np.int32), values)
-    weights, names = [d.weight for d in documents], [d.name for d in documents]
-    return pa.record_batch([*columns.values(), pa.array(weights, pa.float32()), pa.array(names)], schema=schema)
-
-
-def _structs(schema: pa.Schema, column: str, rows: list[tuple]) -> pa.StructArray:
-    fields = list(schema.field(column).type.value_type)
-    arrays = [pa.array([row[i] for row in rows], field.type) for i, field in enumerate(fields)]
-    return pa.StructArray.from_arrays(arrays, fields=fields)
 
 
 @dataclass(frozen=True)
@@ -157,105 +132,6 @@ class Columns:
         return self.data[self.data_offsets[number] : self.data_offsets[number + 1]]
 
 
-def write_shards(
-    folder: Path,
-    stem: str,
-    documents: Iterable[Encoded],
-    schema: pa.Schema,
-    shard_bytes: int,
-    compression: str = "none",
-) -> Iterator[Shard]:
-    """Write documents as `stem`-00000.arrow, -00001.arrow, ... of about `shard_bytes` each, with their indexes.
-
-    Each shard is given out when both its files are whole and synced. compression: "none" or "zstd".
-    """
-    batches = _batches(documents, min(BATCH_BYTES, -(-shard_bytes // 8)))
-    number, batch = 0, next(batches, None)
-    while batch is not None:
-        path = folder / f"{stem}-{number:05d}.arrow"
-        writer = _ShardWriter(path, schema, compression)
-        while batch is not None and writer.bytes < shard_bytes:
-            writer.write(batch)
-            batch = next(batches, None)
-        yield writer.close()
-        number += 1
-
-
-def _batches(documents: Iterable[Encoded], size: int) -> Iterator[list[Encoded]]:
-    batch, held = [], 0
-    for document in documents:
-        batch.append(document)
-        held += 4 * len(document.tokens) + sum(len(data) for _, data in document.images)
-        if held >= size or len(batch) == BATCH_DOCUMENTS:
-            yield batch
-            batch, held = [], 0
-    if batch:
-        yield batch
-
-
-class _ShardWriter:
-    """One shard in the making. Its index says of each batch where its bytes are and what they must be."""
-
-    def __init__(self, path: Path, schema: pa.Schema, compression: str):
-        self._path, self._schema = path, schema
-        self._file = pa.OSFile(str(path), "wb")
-        options = pa.ipc.IpcWriteOptions(compression=None if compression == "none" else compression)
-        self._writer = pa.ipc.new_file(self._file, schema, options=options)
-        self._tokens: list[int] = []
-        self._images: list[int] = []
-        self._ends: list[tuple[int, int]] = []  # bytes, documents
-
-    @property
-    def bytes(self) -> int:
-        return self._file.tell()
-
-    def write(self, documents: list[Encoded]) -> None:
-        self._writer.write_batch(record_batch(documents, self._schema))
-        self._tokens += [len(document.tokens) for document in documents]
-        self._images += [len(document.images) for document in documents]
-        self._ends.append((self._file.tell(), len(self._tokens)))
-
-    def close(self) -> Shard:
-        self._writer.close()
-        self._file.close()
-        _sync(self._path)
-        raw = pa.memory_map(str(self._path)).read_buffer()
-        start = 8 + self._schema.serialize().size  # behind the magic number and the schema's message
-        batches = []
-        for stop, documents in self._ends:
-            digest = xxhash.xxh3_64_hexdigest(raw.slice(start, stop - start))
-            batches.append({"start": start, "stop": stop, "documents": documents, "xxh3": digest})
-            start = stop
-        index_path = self._path.with_suffix(".index.arrow")
-        schema = INDEX_SCHEMA.with_metadata({"batches": json.dumps(batches)})
-        with pa.OSFile(str(index_path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
-            writer.write_batch(
-                pa.record_batch(
-                    [pa.array(self._tokens, pa.uint32()), pa.array(self._images, pa.uint32())], schema=schema
-                )
-            )
-        _sync(index_path)
-        return Shard(
-            file=self._path.name,
-            documents=len(self._tokens),
-            tokens=sum(self._tokens),
-            images=sum(self._images),
-            bytes=self._path.stat().st_size,
-            xxh3=checksum(self._path),
-            index_file=index_path.name,
-            index_bytes=index_path.stat().st_size,
-            index_xxh3=checksum(index_path),
-        )
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 class ShardReader:
     """A memory-mapped shard: its documents' sizes at once, its batches when they are asked for."""
 
@@ -272,8 +148,10 @@ class ShardReader:
         index = reader.get_batch(0)
         self.tokens: np.ndarray = index.column(0).to_numpy()  # uint32 [documents]
         self.images: np.ndarray = index.column(1).to_numpy()  # uint32 [documents]
+        self.first: np.ndarray = index.column(2).to_numpy()  # int32 [documents]
         self._batches = json.loads(reader.schema.metadata[b"batches"])
         self.batch_ends = np.array([batch["documents"] for batch in self._batches], np.int64)
+        self.batch_begins = np.concatenate([[0], self.batch_ends[:-1]])
         self._file = pa.memory_map(str(self._path)).read_buffer()
         self._checked = np.zeros(len(self._batches), bool)
 

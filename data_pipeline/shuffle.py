@@ -1,8 +1,8 @@
 """A global shuffle as a pure function of (seed, epoch, index): no list of indices is ever stored.
 
-A balanced Feistel network permutes the smallest power of four that covers the range; indices that fall
-outside are walked along their cycle until they fall inside (Black and Rogaway, "Ciphers with Arbitrary
-Finite Domains", 2002, section 3). Everything is vectorised over numpy arrays.
+A Feistel network permutes the smallest power of two that covers the range; indices that fall outside are walked along
+their cycle until they fall inside (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002, section 3).
+Everything is vectorised over numpy arrays.
 """
 
 from collections.abc import Callable
@@ -45,29 +45,37 @@ def unpermute(indices: np.ndarray, size: int, key: np.uint64 | np.ndarray) -> np
 
 
 def _walk(indices: np.ndarray, size: int, network: Callable, key: np.uint64 | np.ndarray) -> np.ndarray:
-    half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    bits = max(2, (size - 1).bit_length())
     with np.errstate(over="ignore"):
         round_keys = [mix(key + np.uint64(r + 1) * _GOLDEN) for r in range(ROUNDS)]
-        out = network(np.asarray(indices).astype(np.uint64).ravel(), half_bits, round_keys)
+        out = network(np.asarray(indices).astype(np.uint64).ravel(), bits, round_keys)
         walking = np.flatnonzero(out >= np.uint64(size))
         while walking.size:
             own_keys = [k[walking] if np.ndim(k) else k for k in round_keys]
-            out[walking] = network(out[walking], half_bits, own_keys)
+            out[walking] = network(out[walking], bits, own_keys)
             walking = walking[out[walking] >= np.uint64(size)]
     return out.astype(np.int64).reshape(np.shape(indices))
 
 
-def _forward(x: np.ndarray, half_bits: np.uint64, round_keys: list[np.uint64]) -> np.ndarray:
-    mask = (np.uint64(1) << half_bits) - np.uint64(1)
-    left, right = x >> half_bits, x & mask
+def _forward(x: np.ndarray, bits: int, round_keys: list[np.uint64]) -> np.ndarray:
+    """One pass over numbers of `bits` bits. With an odd number of bits the halves differ by one, and swap sizes from
+    round to round."""
+    high, low = bits // 2, bits - bits // 2
+    left, right = x >> np.uint64(low), x & _mask(low)
     for key in round_keys:
-        left, right = right, left ^ (mix(right ^ key) & mask)
-    return (left << half_bits) | right
+        left, right = right, left ^ (mix(right ^ key) & _mask(high))
+        high, low = low, high
+    return (left << np.uint64(low)) | right
 
 
-def _backward(x: np.ndarray, half_bits: np.uint64, round_keys: list[np.uint64]) -> np.ndarray:
-    mask = (np.uint64(1) << half_bits) - np.uint64(1)
-    left, right = x >> half_bits, x & mask
+def _backward(x: np.ndarray, bits: int, round_keys: list[np.uint64]) -> np.ndarray:
+    high, low = bits // 2, bits - bits // 2  # as they are after an even number of rounds
+    left, right = x >> np.uint64(low), x & _mask(low)
     for key in reversed(round_keys):
-        left, right = right ^ (mix(left ^ key) & mask), left
-    return (left << half_bits) | right
+        high, low = low, high
+        left, right = right ^ (mix(left ^ key) & _mask(high)), left
+    return (left << np.uint64(low)) | right
+
+
+def _mask(bits: int) -> np.uint64:
+    return np.uint64((1 << bits) - 1)

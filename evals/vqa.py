@@ -11,9 +11,10 @@ import torch
 from armillary.data_pipeline.batch import PackedBatch, assemble, whole_documents
 from armillary.data_pipeline.document import Answer, Document, Picture, Text
 from armillary.data_pipeline.images import ImageShape
-from armillary.data_pipeline.shards import Columns, record_batch, schema_of
+from armillary.data_pipeline.shards import Columns, schema_of
 from armillary.data_pipeline.sources.easy_vqa import Question, easy_vqa_questions, read_image
 from armillary.data_pipeline.tokenizer import Tokenizer
+from armillary.data_pipeline.write import record_batch
 from armillary.training.config import TrainJob
 from armillary.training.inference import load_model
 from armillary.training.step import to_inputs

@@ -6,7 +6,8 @@ import torch
 
 from armillary.data_pipeline.batch import assemble, whole_documents
 from armillary.data_pipeline.document import Document, Picture, Role, Text
-from armillary.data_pipeline.shards import Columns, record_batch, schema_of
+from armillary.data_pipeline.shards import Columns, schema_of
+from armillary.data_pipeline.write import record_batch
 from armillary.launcher.run import Run
 from armillary.model.generation import generate
 from armillary.training.inference import load_model

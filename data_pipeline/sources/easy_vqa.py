@@ -30,18 +30,14 @@ def parts(source: SourceConfig) -> list[Part]:
 
 def read(source: SourceConfig, part: Part) -> Iterator[Record]:
     """The training questions: each with its image before it and its answer behind."""
+    image_of = functools.lru_cache(16)(read_image)  # the questions of one picture stand behind each other
+
+    def fields(question: Question) -> dict:
+        image = image_of(question.image)
+        return {"parts": [{"image": image}, {"prompt": question.text}, {"answer": question.answer}]}
+
     for number, question in enumerate(easy_vqa_questions("train", source.path)):
-        yield Record(f"train/questions.json[{number}]", Path(), lambda question=question: _fields(question))
-
-
-def _fields(question: Question) -> dict:
-    image = _image(question.image)
-    return {"parts": [{"image": image}, {"prompt": question.text}, {"answer": question.answer}]}
-
-
-@functools.lru_cache(16)
-def _image(path: Path) -> bytes:
-    return read_image(path)
+        yield Record(f"train/questions.json[{number}]", Path(), functools.partial(fields, question))
 
 
 def easy_vqa_questions(split: str, path: str = "") -> list[Question]:

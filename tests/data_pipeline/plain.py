@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from armillary.data_pipeline.batch import PackedBatch, assemble, whole_documents
 from armillary.data_pipeline.document import Encoded, Role
 from armillary.data_pipeline.images import ImageShape
-from armillary.data_pipeline.shards import Columns, record_batch, schema_of
+from armillary.data_pipeline.shards import Columns, schema_of
+from armillary.data_pipeline.write import record_batch
 
 
 @dataclass

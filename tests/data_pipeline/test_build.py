@@ -41,7 +41,7 @@ def test_manifest_counts_what_is_there(config):
     assert [shard.documents for shard in manifest.sources["easy_vqa"]] == [1, 1, 1, 1]
     assert [shard.images for shard in manifest.sources["easy_vqa"]] == [1, 1, 1, 1]
     assert sorted(p.name for p in config_path(config).iterdir()) == [
-        *(f"easy_vqa-0000{number}{ending}" for number in range(4) for ending in (".arrow", ".index.arrow")),
+        *(f"easy_vqa-00000-0000{number}{ending}" for number in range(4) for ending in (".arrow", ".index.arrow")),
         "manifest.json",
     ]
 
@@ -145,17 +145,17 @@ def test_damaged_shards_are_refused(config, damage):
     manifest = folder / "manifest.json"
     match damage:
         case "missing":
-            (folder / "easy_vqa-00000.arrow").unlink()
+            (folder / "easy_vqa-00000-00000.arrow").unlink()
         case "short":
-            file = folder / "easy_vqa-00000.arrow"
+            file = folder / "easy_vqa-00000-00000.arrow"
             file.write_bytes(file.read_bytes()[:-8])
         case "no manifest":
             manifest.unlink()
         case "torn manifest":
             manifest.write_text(manifest.read_text()[:100])
         case "path in manifest":
-            shutil.copy(folder / "easy_vqa-00000.arrow", folder.parent / "outside.arrow")
-            manifest.write_text(manifest.read_text().replace("easy_vqa-00000.arrow", "../outside.arrow"))
+            shutil.copy(folder / "easy_vqa-00000-00000.arrow", folder.parent / "outside.arrow")
+            manifest.write_text(manifest.read_text().replace("easy_vqa-00000-00000.arrow", "../outside.arrow"))
     with pytest.raises(DataError):
         check_files(folder, read_manifest(folder))
 

@@ -128,6 +128,25 @@ def test_threads_decode_the_same_images(tables, loader):
     assert np.array_equal(several.batch(rows).patches_IND, loader.batch(rows).patches_IND)
 
 
+def test_windows_are_stretches_of_the_token_stream(tables):
+    loader = loader_of(tables, sources=[{"kind": "pydoc"}], packing="windows")
+    (corpus,) = loader.corpora
+    batch = loader.batch(loader.plan(Cursor(), 1024)[0])  # a block, less than an epoch
+    columns = corpus.columns(0, 0)
+    stream = [columns.tokens[at : at + 129].tolist() for at in range(0, len(columns.tokens) - 128, 128)]
+    assert corpus.documents == len(stream)
+    rows = zip(batch.tokens_T.reshape(-1, 128).tolist(), batch.labels_T[127::128].tolist(), strict=True)
+    drawn = {(*row, label) for row, label in rows}
+    assert len(drawn) == 1024
+    assert drawn <= set(map(tuple, stream))
+    assert (batch.loss_mask_T == 1).all()
+    assert np.array_equal(batch.cu_seqlens, np.arange(0, len(batch.tokens_T) + 1, 128))
+    with pytest.raises(DataError, match="has images"):
+        loader_of(tables, packing="windows")
+    with pytest.raises(DataError, match="no window of"):
+        loader_of(tables, sources=[{"kind": "pydoc"}], packing="windows", seq_length=10**7)
+
+
 def test_a_stage_without_images_gets_no_patches(loader):
     rows, _ = loader.plan(Cursor(), 4)
     full, bare = loader.batch(rows), loader.batch(rows, with_images=False)
