@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help install demo test lint long clean
+.PHONY: help install demo test lint long bench-data clean
 
 help:
 	@echo "make demo      train a small image+text model, stop, resume on another layout, evaluate (ARGS=--json)"
 	@echo "make test      the linter and every test, six to ten minutes on two cores"
 	@echo "make long      the longer easy-vqa run, about 40 minutes on two cores"
+	@echo "make bench-data  the data pipeline beside its peers, about twenty minutes"
 	@echo "make lint      ruff"
 	@echo "make clean     remove the virtual environment and what builds and tests left"
 
@@ -32,9 +33,20 @@ test: $(READY) lint
 long: $(READY)
 	$(BIN)/armillary train examples/easy_vqa_long.toml $(ARGS)
 
+# The peers want other versions of shared packages than ours: an environment of their own, in which ours run too.
+BENCH := .venv-bench
+$(BENCH)/.ready: benchmarks/constraints.txt pyproject.toml setup.py
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet --constraint benchmarks/constraints.txt torch numpy setuptools wheel packaging ninja
+	$(BENCH)/bin/python -m pip install --quiet --constraint benchmarks/constraints.txt --no-build-isolation --editable ".[bench]"
+	@touch $@
+
+bench-data: $(BENCH)/.ready
+	$(BENCH)/bin/python -m benchmarks.data.run $(ARGS)
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BENCH) build *.egg-info .pytest_cache .ruff_cache .hypothesis

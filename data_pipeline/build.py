@@ -40,7 +40,7 @@ TRAINING_CHARACTERS = 100_000_000  # that a tokenizer is trained on, over all so
 def built_from(config: DataConfig) -> dict:
     """The part of `[data]` that the shards depend on; the rest may change without a new build."""
     sources = [source.model_dump(exclude={"weight", "augment"}) for source in config.sources]
-    keys = ("tokenizer", "dedup", "vocab_size", "shard_bytes", "compression")
+    keys = ("tokenizer", "dedup", "vocab_size", "shard_bytes", "compression", "substrings")
     return {"sources": sources} | {key: getattr(config, key) for key in keys}
 
 
@@ -126,7 +126,7 @@ def _build_into(work: Path, config: DataConfig, progress: Progress, each: Each) 
     tasks = [(source, number, part) for source in config.sources for number, part in enumerate(parts[source.name])]
     doubled = _copies(work, config, tasks, each) if config.dedup != "none" else [None] * len(tasks)
     encodes = [
-        Encode(work, source, number, part, drop, config.shard_bytes, config.compression)
+        Encode(work, source, number, part, drop, config.shard_bytes, config.compression, config.substrings)
         for (source, number, part), drop in zip(tasks, doubled, strict=True)
     ]
     done = {name: 0 for name in parts}
@@ -148,6 +148,7 @@ def _build_into(work: Path, config: DataConfig, progress: Progress, each: Each) 
         tokenizer_xxh3=xxhash.xxh3_64_hexdigest(text.encode()),
         sources={name: tuple(shard for report in found for shard in report.shards) for name, found in sources.items()},
         reports={name: _summed(found) for name, found in sources.items()},
+        substrings={name: tuple(r.substrings for r in found if r.substrings) for name, found in sources.items()},
     ).sealed()
     write_manifest(work, manifest)
     return manifest

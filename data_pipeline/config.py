@@ -56,6 +56,9 @@ class DataConfig(Table):
         "none",
         description="drop copies of documents: exact ones, or near ones too (MinHash, about 0.7 of 5-word runs alike)",
     )
+    substrings: bool = Field(
+        False, description="index every 50 characters, for contamination checks; 0.6 bytes a character"
+    )
     vocab_size: int = Field(512, ge=260, description="entries of the BPE that is trained, special tokens included")
     shard_bytes: int = Field(128 << 20, ge=1, description="bytes of one shard file, about")
     compression: Literal["none", "zstd"] = Field("none", description="of shards: none is fastest, zstd smallest")

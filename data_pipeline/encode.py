@@ -15,9 +15,10 @@ from armillary.data_pipeline.config import SourceConfig
 from armillary.data_pipeline.dedup import BANDS, exact_key, near_keys
 from armillary.data_pipeline.document import Document, Encoded, Picture
 from armillary.data_pipeline.filters import length_problem, quality_problem
-from armillary.data_pipeline.shards import Shard, schema_of
+from armillary.data_pipeline.shards import Shard, SubstringFile, schema_of
 from armillary.data_pipeline.sources import read_part
 from armillary.data_pipeline.sources.part import Part
+from armillary.data_pipeline.substrings import SubstringWriter
 from armillary.data_pipeline.tokenizer import Tokenizer
 from armillary.data_pipeline.write import write_shards
 from armillary.errors import DataError
@@ -35,6 +36,7 @@ class PartReport(SealedTable):
     shards: tuple[Shard, ...]
     dropped: dict[str, int]
     examples: tuple[str, ...] = ()
+    substrings: SubstringFile | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Encode:
     doubled: np.ndarray | None
     shard_bytes: int
     compression: str
+    substrings: bool
 
 
 def kept_documents(
@@ -129,18 +132,43 @@ def encode_part(task: Encode) -> tuple[tuple[str, int], PartReport]:
     tokenizer = Tokenizer.from_json((task.work / "tokenizer.json").read_text())
     dropped: dict[str, int] = {}
     examples: list[str] = []
-    encoded = _encoded(task, tokenizer, dropped, examples)
+    index = SubstringWriter() if task.substrings else None
+    encoded = _encoded(task, tokenizer, dropped, examples, index)
     shards = tuple(
         write_shards(task.work, stem, encoded, schema_of(tokenizer.size), task.shard_bytes, task.compression)
     )
-    report = PartReport(shards=shards, dropped=dropped, examples=tuple(examples)).sealed()
+    substrings = None
+    if index is not None:
+        substrings = index.write(task.work / f"{stem}.substrings.arrow", sum(shard.documents for shard in shards))
+    report = PartReport(shards=shards, dropped=dropped, examples=tuple(examples), substrings=substrings).sealed()
     temporary = path.with_suffix(".tmp")
     temporary.write_text(report.model_dump_json())
     temporary.rename(path)
     return (task.source.name, task.number), report
 
 
-def _encoded(task: Encode, tokenizer: Tokenizer, dropped: dict[str, int], examples: list[str]) -> Iterator[Encoded]:
+def _encoded(
+    task: Encode, tokenizer: Tokenizer, dropped: dict[str, int], examples: list[str], index: SubstringWriter | None
+) -> Iterator[Encoded]:
+    """The part's documents as shards hold them; each is put into `index` too."""
+    kept = 0
+    for batch in _batches(task, dropped, examples):
+        for document, encoded in zip(batch, tokenizer.encode_documents(batch), strict=True):
+            size = 4 * len(encoded.tokens) + sum(len(data) for _, data in encoded.images)
+            if size <= task.shard_bytes:
+                if index is not None:
+                    index.add(kept, document)
+                kept += 1
+                yield encoded
+            elif task.source.bad == "stop":
+                raise DataError(
+                    f"a document of {size:,} bytes is larger than a shard", document.name, "raise data.shard_bytes"
+                )
+            else:
+                dropped["larger than a shard"] = dropped.get("larger than a shard", 0) + 1
+
+
+def _batches(task: Encode, dropped: dict[str, int], examples: list[str]) -> Iterator[list[Document]]:
     batch: list[Document] = []
     for number, document in kept_documents(task.source, task.part, dropped, examples):
         if task.doubled is not None and number < len(task.doubled) and task.doubled[number]:
@@ -148,20 +176,6 @@ def _encoded(task: Encode, tokenizer: Tokenizer, dropped: dict[str, int], exampl
             continue
         batch.append(document)
         if len(batch) == AT_ONCE:
-            yield from _fitting(tokenizer.encode_documents(batch), task, dropped)
+            yield batch
             batch = []
-    yield from _fitting(tokenizer.encode_documents(batch), task, dropped)
-
-
-def _fitting(documents: list[Encoded], task: Encode, dropped: dict[str, int]) -> Iterator[Encoded]:
-    """Those that fit in a shard."""
-    for document in documents:
-        size = 4 * len(document.tokens) + sum(len(data) for _, data in document.images)
-        if size <= task.shard_bytes:
-            yield document
-        elif task.source.bad == "stop":
-            raise DataError(
-                f"a document of {size:,} bytes is larger than a shard", document.name, "raise data.shard_bytes"
-            )
-        else:
-            dropped["larger than a shard"] = dropped.get("larger than a shard", 0) + 1
+    yield batch

@@ -33,6 +33,15 @@ class Shard(Table):
     index_xxh3: str
 
 
+class SubstringFile(Table):
+    """An index of substrings of one part of a source, see substrings.py; `documents` is how many the part has."""
+
+    file: str
+    documents: int
+    bytes: int
+    xxh3: str
+
+
 class SourceReport(Table):
     """What became of a source's documents; `dropped` counts by reason, `examples` name some that could not be used."""
 
@@ -54,6 +63,7 @@ class Manifest(SealedTable):
     tokenizer_xxh3: str
     sources: dict[str, tuple[Shard, ...]]
     reports: dict[str, SourceReport]
+    substrings: dict[str, tuple[SubstringFile, ...]]
 
 
 def schema_of(vocab_size: int) -> pa.Schema:
@@ -205,7 +215,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise DataError("the manifest is damaged: its checksum does not fit", path, REBUILD)
     if xxhash.xxh3_64_hexdigest(manifest.tokenizer.encode()) != manifest.tokenizer_xxh3:
         raise DataError("the tokenizer is not the one that the shards were built with", path, REBUILD)
-    for name in (n for shards in manifest.sources.values() for shard in shards for n in (shard.file, shard.index_file)):
+    names = [n for shards in manifest.sources.values() for shard in shards for n in (shard.file, shard.index_file)]
+    for name in (*names, *(file.file for files in manifest.substrings.values() for file in files)):
         if Path(name).name != name:
             raise DataError(f"the manifest names a file outside its folder: {name}", path, REBUILD)
     return manifest

@@ -121,6 +121,20 @@ def inspect(
 
 
 @app.command()
+def find(
+    path: Shards,
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="at least 50 letters and digits")],
+    as_json: AsJson = False,
+) -> None:
+    """Which documents hold a stretch of text, its spaces and symbols aside. Needs shards with data.substrings=true."""
+    from armillary.data_pipeline.shards import read_manifest
+    from armillary.data_pipeline.substrings import SubstringIndex
+
+    found = [f"{source}:{number}" for source, number in SubstringIndex(path, read_manifest(path)).find(text)]
+    print(json.dumps({"documents": found}) if as_json else "\n".join(found) or "no document")
+
+
+@app.command()
 def where(
     run: RunPath,
     step: Annotated[int, typer.Option(help="the documents that this step saw", min=0)] = 0,

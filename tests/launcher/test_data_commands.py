@@ -58,6 +58,11 @@ def test_build_inspect_and_verify(job, armillary, tmp_path):
     assert list(figures["sources"]) == ["texts"]
     assert figures["sources"]["texts"]["tokens_per_document"]["50%"] > 3
     refused(armillary("data", "inspect", "shards", "--source", "none"), "no source none", "texts")
+    refused(armillary("data", "find", "shards", "x" * 50), "no index of substrings", "data.substrings=true")
+    again = armillary("data", "build", job, "--force", "--json", "data.substrings=true", "data.path=indexed")
+    assert again.returncode == 0, again.stderr
+    assert armillary("data", "find", "indexed", "x" * 50).stdout == "no document\n"
+    refused(armillary("data", "find", "indexed", "short"), "50 are needed")
     assert "5 shards are as they were written" in armillary("data", "verify", "shards").stdout
     shard = next((tmp_path / "shards").glob("texts-00002-*.arrow"))
     content = bytearray(shard.read_bytes())

@@ -40,7 +40,7 @@ def test_a_damaged_shard_is_refused_before_anything_starts(armillary, tmp_path, 
     job = tmp_path / "job.toml"
     job.write_text(f'[data]\npath = "shards"\nsources = [{{kind = "easy_vqa", path = "{source}"}}]\n')
     assert armillary("data", "build", job).returncode == 0
-    shard = tmp_path / "shards" / "easy_vqa-00000.arrow"
+    shard = tmp_path / "shards" / "easy_vqa-00000-00000.arrow"
     if damage == "flip":
         content = bytearray(shard.read_bytes())
         content[len(content) // 2] ^= 1

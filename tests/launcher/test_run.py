@@ -9,7 +9,14 @@ from armillary.launcher.run import Run
 from tests.data_pipeline.test_tokenizer import TOKENIZER
 
 DATA = Manifest(
-    format=1, arrow_schema="", built_from={}, tokenizer=TOKENIZER.to_json(), tokenizer_xxh3="", sources={}
+    format=1,
+    arrow_schema="",
+    built_from={},
+    tokenizer=TOKENIZER.to_json(),
+    tokenizer_xxh3="",
+    sources={},
+    reports={},
+    substrings={},
 ).sealed()
 
 

@@ -1,0 +1,89 @@
+"""One measurement in a process of its own: `python -m benchmarks.data.measure CONTENDER WHAT FOLDER`, one JSON line.
+
+WHAT: text (windows of 2,048 tokens, batches of 64), packed (ours alone), images (files as they are), decoded (one thread),
+decoded2 (two threads), gather (rows of a memory map copied in a shuffled order: the limit), decoder (simplejpeg alone).
+"""
+
+import collections
+import itertools
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+
+from benchmarks.data import ours, peers
+
+SECONDS = 4.0
+
+
+def rate(counts: Iterable[int], started: float) -> dict:
+    """Items a second after the first, over `SECONDS`, and how long the first took from `started` on."""
+    counts = iter(counts)
+    next(counts)
+    begin = time.perf_counter()
+    done, end = 0, begin
+    for count in counts:
+        done += count
+        end = time.perf_counter()
+        if end - begin > SECONDS:
+            break
+    return {"rate": done / (end - begin), "first": begin - started}
+
+
+def gather(folder: Path) -> Iterator[int]:
+    rows = peers.windows(folder)
+    while True:
+        order = np.random.default_rng(0).permutation(len(rows))
+        for start in range(0, len(order) - peers.BATCH, peers.BATCH):
+            yield rows[order[start : start + peers.BATCH]].size
+
+
+def pixels(data: bytes) -> int:
+    return simplejpeg.decode_jpeg(data, "RGB").shape[0] > 0
+
+
+def decoder(folder: Path) -> Iterator[int]:
+    held = [path.read_bytes() for path in peers.files(folder)[0][:2000]]
+    return map(pixels, itertools.cycle(held))
+
+
+def in_threads(images: Iterable[bytes], threads: int) -> Iterator[int]:
+    """Decode with a bounded number of images in hand."""
+    with ThreadPoolExecutor(threads) as pool:
+        waiting = collections.deque()
+        for data in images:
+            waiting.append(pool.submit(pixels, data))
+            if len(waiting) >= 8 * threads:
+                yield waiting.popleft().result()
+
+
+def main() -> None:
+    name, what, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    started = time.perf_counter()
+    if what == "gather":
+        found = rate(gather(folder), started)
+    elif what == "decoder":
+        found = rate(decoder(folder), started)
+    else:
+        contender = ours.Armillary() if name == "armillary" else peers.PEERS[name]()
+        (contender.prepare_text if what in ("text", "packed") else contender.prepare_images)(folder)
+        started = time.perf_counter()
+        match what:
+            case "text" | "packed":
+                found = rate(getattr(contender, what)(folder), started)
+            case "images":
+                found = rate((1 for _ in contender.images(folder)), started)
+            case "decoded":
+                found = rate(map(pixels, contender.images(folder)), started)
+            case "decoded2":
+                found = rate(in_threads(contender.images(folder), 2), started)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Armillary itself, in the same form as the peers."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from armillary.data_pipeline.config import DataConfig
+from armillary.data_pipeline.cursor import Cursor
+from armillary.data_pipeline.document import Encoded, Role
+from armillary.data_pipeline.images import ImageShape
+from armillary.data_pipeline.loader import Loader
+from armillary.data_pipeline.shards import FORMAT, MANIFEST, Manifest, schema_of, write_manifest
+from armillary.data_pipeline.tokenizer import Tokenizer
+from armillary.data_pipeline.write import write_shards
+from benchmarks.data import corpora, peers
+
+SHAPE = ImageShape(256, 32)  # 64 positions an image
+
+
+class Armillary:
+    """Shards written by the builder's own writer, read by the trainer's own loader."""
+
+    def prepare_text(self, folder: Path) -> None:
+        tokens = np.fromfile(corpora.text(folder), np.uint16)
+        parts = np.split(tokens, np.cumsum(corpora.lengths())[:-1])
+        _write(folder / "armillary", {"text": (Encoded(tokens=part.tolist()) for part in parts)})
+
+    def text(self, folder: Path) -> Iterator[int]:
+        """Windows of the token stream, with labels, masks and positions."""
+        yield from _batches(_loader(folder / "armillary", "windows", "text"))
+
+    def packed(self, folder: Path) -> Iterator[int]:
+        """Documents packed greedily, none seeing another."""
+        yield from _batches(_loader(folder / "armillary", "greedy", "text"))
+
+    def prepare_images(self, folder: Path) -> None:
+        _write(folder / "armillary-images", {"images": _captioned(folder)})
+
+    def images(self, folder: Path) -> Iterator[memoryview]:
+        loader = _loader(folder / "armillary-images", "greedy", "images")
+        for rows in _rows(loader):
+            pieces, _ = loader.pieces(rows)
+            for columns, row in zip(pieces.columns, pieces.row.tolist(), strict=True):
+                yield columns.image(columns.image_offsets[row])
+
+
+def _loader(path: Path, packing: str, source: str) -> Loader:
+    sources = [{"kind": "jsonl", "name": source}]
+    config = {"path": str(path), "sources": sources, "seq_length": corpora.SEQ_LENGTH, "packing": packing}
+    return Loader(DataConfig.model_validate(config), SHAPE)
+
+
+def _rows(loader: Loader) -> Iterator[list]:
+    cursor = Cursor()
+    while True:
+        rows, cursor = loader.plan(cursor, peers.BATCH)
+        yield rows
+
+
+def _batches(loader: Loader) -> Iterator[int]:
+    for rows in _rows(loader):
+        yield len(loader.batch(rows).tokens_T)
+
+
+def _captioned(folder: Path) -> Iterator[Encoded]:
+    paths, captions = peers.files(folder)
+    for path, caption in zip(paths, captions, strict=True):
+        tokens = [1, *(3 + ord(letter) for letter in caption), 0]
+        yield Encoded(tokens, [(1, Role.PROMPT), (len(tokens), Role.TEXT)], [(0, path.read_bytes())], path.name)
+
+
+def _write(folder: Path, sources: dict) -> None:
+    if (folder / MANIFEST).exists():
+        return
+    folder.mkdir(parents=True)
+    tokenizer = Tokenizer.train(itertools.repeat("some text", 10), corpora.VOCABULARY)
+    schema, text = schema_of(corpora.VOCABULARY), tokenizer.to_json()
+    shards = {
+        name: tuple(write_shards(folder, name, documents, schema, 128 << 20)) for name, documents in sources.items()
+    }
+    manifest = Manifest(
+        format=FORMAT, arrow_schema=str(schema), built_from={}, tokenizer=text, sources=shards, reports={}, substrings={},
+        tokenizer_xxh3=xxhash.xxh3_64_hexdigest(text.encode()),
+    )  # fmt: skip
+    write_manifest(folder, manifest.sealed())

@@ -1,0 +1,75 @@
+"""The table of the data pipeline beside its peers: `make bench-data`.
+
+Contenders take turns, one process a measurement, several rounds; the table has medians, and ratios to them.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.data.peers import PEERS
+
+WHAT = ("text", "packed", "images", "decoded", "decoded2")
+LIMITS = {"text": "gather", "packed": "gather", "decoded": "decoder", "decoded2": "decoder"}
+
+
+def measure(name: str, what: str, folder: Path) -> dict | None:
+    """One process's figures; None, with its last line said, where it failed."""
+    command = [sys.executable, "-m", "benchmarks.data.measure", name, what, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(f"{name} {what}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        return None
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--folder", type=Path, default=Path("data/bench"), help="where the corpora are made")
+    options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--out", type=Path, default=Path("docs/results/data-bench.json"))
+    args = options.parse_args()
+    pairs = [("limit", "gather"), ("limit", "decoder"), ("armillary", "packed")]
+    pairs += [(name, what) for what in WHAT if what != "packed" for name in ("armillary", *PEERS)]
+    found: dict[str, list[dict]] = {}
+    for number in range(args.rounds):
+        for name, what in pairs:
+            figures = measure(name, what, args.folder)
+            if figures:
+                found.setdefault(f"{name}|{what}", []).append(figures)
+                print(f"round {number + 1}  {name:30} {what:9} {figures['rate']:,.0f}/s", file=sys.stderr)
+    medians = {
+        key: {one: statistics.median(f[one] for f in figures) for one in ("rate", "first")}
+        for key, figures in found.items()
+    }
+    args.out.write_text(json.dumps({"medians": medians, "rounds": found}, indent=1) + "\n")
+    show(medians)
+
+
+def show(medians: dict[str, dict]) -> None:
+    """The table: rates, and ours as a multiple of each."""
+    table = Table(title="medians; in brackets: Armillary's rate as a multiple")
+    for heading in ("", *WHAT, "first batch, s"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name in ("limit", "armillary", *PEERS):
+        cells = []
+        for what in WHAT:
+            key = f"limit|{LIMITS.get(what)}" if name == "limit" else f"{name}|{what}"
+            mine, theirs = medians.get(f"armillary|{what}"), medians.get(key)
+            cell = f"{theirs['rate']:,.0f}" if theirs else ""
+            cells.append(
+                f"{cell} ({mine['rate'] / theirs['rate']:.2f})" if theirs and mine and name != "armillary" else cell
+            )
+        first = medians.get(f"{name}|text")
+        table.add_row(name, *cells, f"{first['first']:.2f}" if first else "")
+    Console(width=170).print(table)
+
+
+if __name__ == "__main__":
+    main()
