@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from armillary.data_pipeline.shards import Columns, Manifest, Shard, ShardReader, schema_of
+from armillary.data_pipeline.shards import Columns, Manifest, ShardReader, schema_of
 from armillary.data_pipeline.tokenizer import Tokenizer
-from armillary.errors import DataError
 
 OPEN = 4096  # shards, and batches, that are held open: views of mapped files, a few kilobytes each
 
@@ -49,39 +48,6 @@ class Corpus:
 
     def _reader(self, shard: int) -> ShardReader:
         return ShardReader(self._folder, self._shards[shard], self._schema)
-
-
-class Windows:
-    """A source's tokens without regard to documents: each window is `length` positions of a batch's token buffer.
-
-    Stands in for a Corpus. DataError where the source has images, for a window would cut them.
-    """
-
-    def __init__(self, corpus: Corpus, source: str, shards: tuple[Shard, ...], length: int):
-        if corpus.images:
-            raise DataError(
-                f"the source {source} has images, which windows would cut", "data.packing", "pack it greedily instead"
-            )
-        counts = [np.maximum(np.array(shard.batch_tokens) - 1, 0) // length for shard in shards]
-        self._ends = np.cumsum(np.concatenate(counts))  # int64 [batches of all shards]
-        self._shard = np.repeat(np.arange(len(shards)), [len(count) for count in counts])
-        self._batch = np.concatenate([np.arange(len(count)) for count in counts])
-        self._length = length
-        self.columns = corpus.columns
-        self.documents = int(self._ends[-1])
-        if not self.documents:
-            raise DataError(
-                f"the source {source} has no window of {length} tokens", "data.seq_length", "take a smaller one"
-            )
-        self.tokens, self.images = self.documents * (length + 1), 0
-
-    def look_up(self, windows: np.ndarray) -> "Entries":
-        """Where `windows` (int64 [n]) are."""
-        place = np.searchsorted(self._ends, windows, side="right")
-        begin = np.where(place > 0, self._ends[place - 1], 0)
-        nothing = np.zeros(len(windows), np.int64)
-        first = (windows - begin) * self._length
-        return Entries(nothing + self._length + 1, nothing, first, self._shard[place], self._batch[place], nothing - 1)
 
 
 @dataclass(frozen=True)

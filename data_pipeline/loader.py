@@ -11,14 +11,15 @@ import numpy as np
 from armillary.data_pipeline import pack
 from armillary.data_pipeline.batch import PackedBatch, Pieces, assemble
 from armillary.data_pipeline.config import DataConfig
-from armillary.data_pipeline.corpus import OPEN, Corpus, Entries, Windows, groups
+from armillary.data_pipeline.corpus import OPEN, Corpus, Entries, groups
 from armillary.data_pipeline.cursor import Cursor
 from armillary.data_pipeline.images import ImageShape
 from armillary.data_pipeline.mixture import Mixture, Stage
 from armillary.data_pipeline.prefetch import prefetch
-from armillary.data_pipeline.shards import Columns, Manifest, read_manifest
+from armillary.data_pipeline.shards import Columns, Manifest, read_manifest, schema_of
 from armillary.data_pipeline.shuffle import key_of, mix
 from armillary.data_pipeline.tokenizer import Tokenizer
+from armillary.data_pipeline.windows import Windows, window_batch
 from armillary.errors import DataError
 
 BLOCK_ROWS = 1024  # a block draws documents for about so many rows, and is packed by itself
@@ -63,6 +64,7 @@ class Loader:
         manifest = read_manifest(folder)
         self.tokenizer = Tokenizer.from_json(manifest.tokenizer)
         self._config, self._shape = config, shape
+        self._dtype = schema_of(self.tokenizer.size).field("tokens").type.value_type.to_pandas_dtype()
         if shape.positions > config.seq_length:
             raise DataError(
                 f"an image takes {shape.positions} positions, a row has {config.seq_length}",
@@ -79,6 +81,10 @@ class Loader:
     def _corpus(self, folder: Path, manifest: Manifest, source: str) -> Corpus | Windows:
         corpus = Corpus(folder, manifest, source, self.tokenizer)
         if self._config.packing == "windows":
+            if manifest.built_from.get("compression", "none") != "none":
+                raise DataError(
+                    "windows are not read from compressed shards", folder, 'build with compression = "none"'
+                )
             return Windows(corpus, source, manifest.sources[source], self._config.seq_length)
         return corpus
 
@@ -97,6 +103,8 @@ class Loader:
 
     def batch(self, rows: list[Rows], with_images: bool = True) -> PackedBatch:
         """Build rows into one PackedBatch; without patches where no stage of this rank sees them."""
+        if self._config.packing == "windows":
+            return self._window_batch(rows)
         pieces, count = self.pieces(rows)
         each = self._pool.map if self._pool else map
         return assemble(pieces, count, self._config.seq_length, self._shape, self.tokenizer.image, with_images, each)
@@ -119,6 +127,25 @@ class Loader:
                 at = after
 
         return prefetch(make(), ahead=2)
+
+    def _window_batch(self, rows: list[Rows]) -> PackedBatch:
+        """A row is a window, and a window a document of its block."""
+        sources, tokens, labels = [], [], []
+        for part in rows:
+            which = np.arange(part.first, part.last)
+            source = part.block.source[which]
+            found = [np.empty((len(which), self._config.seq_length), self._dtype) for _ in range(2)]
+            for s, mine in groups(source):
+                gathered = self.corpora[s].gather(part.block.entries, which[mine])
+                if len(mine) == len(which):
+                    found = gathered
+                else:
+                    found[0][mine], found[1][mine] = gathered
+            sources.append(source.astype(np.int32))
+            tokens.append(found[0])
+            labels.append(found[1])
+        joined = [one[0] if len(rows) == 1 else np.concatenate(one) for one in (tokens, labels, sources)]
+        return window_batch(*joined, (self._shape.patches, self._shape.patch_dim))
 
     def pieces(self, rows: list[Rows]) -> tuple[Pieces, int]:
         """What rows are made of, for `assemble`, and how many they are."""

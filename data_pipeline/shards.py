@@ -164,9 +164,23 @@ class ShardReader:
         self.batch_begins = np.concatenate([[0], self.batch_ends[:-1]])
         self._file = pa.memory_map(str(self._path)).read_buffer()
         self._checked = np.zeros(len(self._batches), bool)
+        dtype = schema.field("tokens").type.value_type.to_pandas_dtype()
+        self.flat = np.frombuffer(self._file, dtype, self._file.size // np.dtype(dtype).itemsize)  # the file as tokens
+        self._token_starts = np.array([batch["tokens_at"] for batch in self._batches]) // np.dtype(dtype).itemsize
 
     def columns(self, number: int) -> Columns:
         """Batch `number`; DataError where its bytes are not those that were written (checked once)."""
+        return Columns.of(pa.ipc.read_record_batch(self._message(number), self._schema))
+
+    def token_starts(self, numbers: np.ndarray) -> np.ndarray:
+        """Where the token buffers of batches (int64 [n]) begin in `flat`, int64 [n]; the batches are checked as in
+        `columns`."""
+        if not self._checked[numbers].all():
+            for number in np.unique(numbers).tolist():
+                self._message(number)
+        return self._token_starts[numbers]
+
+    def _message(self, number: int) -> pa.Buffer:
         batch = self._batches[number]
         raw = self._file.slice(batch["start"], batch["stop"] - batch["start"])
         if not self._checked[number]:
@@ -178,7 +192,7 @@ class ShardReader:
                     REBUILD,
                 )
             self._checked[number] = True
-        return Columns.of(pa.ipc.read_record_batch(raw, self._schema))
+        return raw
 
 
 def check_size(path: Path, size: int) -> None:

@@ -114,7 +114,11 @@ class _ShardWriter:
         batches = []
         for stop, documents in self._ends:
             digest = xxhash.xxh3_64_hexdigest(raw.slice(start, stop - start))
-            batches.append({"start": start, "stop": stop, "documents": documents, "xxh3": digest})
+            batch = pa.ipc.read_record_batch(raw.slice(start, stop - start), self._schema)
+            tokens_at = batch.column(0).values.buffers()[1].address - raw.address  # means nothing if compressed
+            batches.append(
+                {"start": start, "stop": stop, "documents": documents, "tokens_at": tokens_at, "xxh3": digest}
+            )
             start = stop
         index_path = self._path.with_suffix(".index.arrow")
         schema = INDEX_SCHEMA.with_metadata({"batches": json.dumps(batches)})

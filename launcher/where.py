@@ -14,6 +14,8 @@ class Where:
 
     def __init__(self, run: Run):
         self._run, job = run, run.job()
+        if job.data.packing == "windows":
+            raise JobError("a window is no document: it is cut from the token stream", run.path, "see data.packing")
         self.loader = Loader(job.data, job.image_shape)
         self._sources = [source.name for source in job.data.sources]
         curve = run.curve()

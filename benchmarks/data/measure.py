@@ -1,7 +1,7 @@
 """One measurement in a process of its own: `python -m benchmarks.data.measure CONTENDER WHAT FOLDER`, one JSON line.
 
-WHAT: text (windows of 2,048 tokens, batches of 64), packed (ours alone), images (files as they are), decoded (one thread),
-decoded2 (two threads), gather (rows of a memory map copied in a shuffled order: the limit), decoder (simplejpeg alone).
+WHAT: text (windows of 2,048 tokens, batches of 64), packed (ours alone), images (files as they are), decoded (in one
+thread), decoded2 (in two); limits: gather (a memory map's rows, copied in shuffled order), decoder (simplejpeg alone).
 """
 
 import collections

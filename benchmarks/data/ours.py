@@ -82,7 +82,7 @@ def _write(folder: Path, sources: dict) -> None:
         name: tuple(write_shards(folder, name, documents, schema, 128 << 20)) for name, documents in sources.items()
     }
     manifest = Manifest(
-        format=FORMAT, arrow_schema=str(schema), built_from={}, tokenizer=text, sources=shards, reports={}, substrings={},
-        tokenizer_xxh3=xxhash.xxh3_64_hexdigest(text.encode()),
+        format=FORMAT, arrow_schema=str(schema), built_from={}, tokenizer=text,
+        tokenizer_xxh3=xxhash.xxh3_64_hexdigest(text.encode()), sources=shards, reports={}, substrings={},
     )  # fmt: skip
     write_manifest(folder, manifest.sealed())

@@ -3,8 +3,12 @@
 `prepare` converts the common corpus into the library's own format, once; it is not timed.
 """
 
+import importlib.machinery
+import importlib.util
 import io
 import json
+import sys
+import unittest.mock
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,9 +44,9 @@ class Litdata:
 
     def text(self, folder: Path) -> Iterator[int]:
         import torch
-        from litdata import StreamingDataset, TokensLoader
+        from litdata import TokensLoader
 
-        data = StreamingDataset(
+        data = _streaming().StreamingDataset(
             str(folder / "litdata"),
             item_loader=TokensLoader(block_size=corpora.SEQ_LENGTH),
             shuffle=True,
@@ -81,39 +85,50 @@ def _litdata_picture(item: tuple[str, str]) -> dict:
     return {"jpeg": Path(path).read_bytes(), "caption": caption}
 
 
+def _streaming():
+    """The library. It imports torchvision for data sets that are not used here; torchvision has no build for a PyTorch
+    without CUDA, so that empty modules take its place."""
+    if importlib.util.find_spec("torchvision") is None:
+        for name in ("torchvision", "torchvision.datasets", "torchvision.datasets.folder", "torchvision.transforms",
+                     "torchvision.transforms.functional"):  # fmt: skip
+            module = unittest.mock.MagicMock(VisionDataset=object)
+            module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+            sys.modules[name] = module
+    import streaming
+
+    return streaming
+
+
 class Streaming:
     """mosaicml-streaming: MDS shards; a sample is a row of 2,048 tokens."""
 
     predownload: int | None = None
 
     def prepare_text(self, folder: Path) -> None:
-        from streaming import MDSWriter
-
         if not (folder / "mds").exists():
-            with MDSWriter(out=str(folder / "mds"), columns={"tokens": "ndarray:uint16"}) as writer:
+            with _streaming().MDSWriter(out=str(folder / "mds"), columns={"tokens": "ndarray:uint16"}) as writer:
                 for row in windows(folder):
                     writer.write({"tokens": np.ascontiguousarray(row)})
 
     def text(self, folder: Path) -> Iterator[int]:
         import torch
-        from streaming import StreamingDataset
 
-        data = StreamingDataset(local=str(folder / "mds"), shuffle=True, batch_size=BATCH, predownload=self.predownload)
+        data = _streaming().StreamingDataset(
+            local=str(folder / "mds"), shuffle=True, batch_size=BATCH, predownload=self.predownload
+        )
         for batch in torch.utils.data.DataLoader(data, BATCH):
             yield batch["tokens"].numel()
 
     def prepare_images(self, folder: Path) -> None:
-        from streaming import MDSWriter
-
         if not (folder / "mds-images").exists():
-            with MDSWriter(out=str(folder / "mds-images"), columns={"jpeg": "bytes", "caption": "str"}) as writer:
+            with _streaming().MDSWriter(
+                out=str(folder / "mds-images"), columns={"jpeg": "bytes", "caption": "str"}
+            ) as writer:
                 for path, caption in zip(*files(folder), strict=True):
                     writer.write({"jpeg": path.read_bytes(), "caption": caption})
 
     def images(self, folder: Path) -> Iterator[bytes]:
-        from streaming import StreamingDataset
-
-        data = StreamingDataset(
+        data = _streaming().StreamingDataset(
             local=str(folder / "mds-images"), shuffle=True, batch_size=BATCH, predownload=self.predownload
         )
         for sample in data:
@@ -142,9 +157,9 @@ class Webdataset:
         import webdataset
 
         data = webdataset.WebDataset(sorted(map(str, (folder / "wds").glob("*.tar"))), shardshuffle=100).shuffle(1000)
-        data = data.map(lambda sample: np.frombuffer(sample["bin"], np.uint16)).batched(BATCH)
-        for batch in data:
-            yield np.stack(batch).size
+        data = data.map(lambda sample: (np.frombuffer(sample["bin"], np.uint16),)).batched(BATCH)
+        for (batch,) in data:
+            yield batch.size
 
     def prepare_images(self, folder: Path) -> None:
         import webdataset
@@ -189,11 +204,9 @@ class Datasets:
 
         if not (folder / "hf-images").exists():
             paths, captions = files(folder)
-            rows = (
-                {"jpeg": path.read_bytes(), "caption": caption} for path, caption in zip(paths, captions, strict=True)
-            )
+            rows = {"jpeg": [path.read_bytes() for path in paths], "caption": captions}
             features = datasets.Features({"jpeg": datasets.Value("binary"), "caption": datasets.Value("string")})
-            datasets.Dataset.from_generator(lambda: rows, features=features).save_to_disk(str(folder / "hf-images"))
+            datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(folder / "hf-images"))
 
     def images(self, folder: Path) -> Iterator[bytes]:
         import datasets

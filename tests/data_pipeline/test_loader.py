@@ -132,7 +132,7 @@ def test_windows_are_stretches_of_the_token_stream(tables):
     loader = loader_of(tables, sources=[{"kind": "pydoc"}], packing="windows")
     (corpus,) = loader.corpora
     batch = loader.batch(loader.plan(Cursor(), 1024)[0])  # a block, less than an epoch
-    columns = corpus.columns(0, 0)
+    columns = corpus._corpus.columns(0, 0)
     stream = [columns.tokens[at : at + 129].tolist() for at in range(0, len(columns.tokens) - 128, 128)]
     assert corpus.documents == len(stream)
     rows = zip(batch.tokens_T.reshape(-1, 128).tolist(), batch.labels_T[127::128].tolist(), strict=True)
@@ -141,6 +141,11 @@ def test_windows_are_stretches_of_the_token_stream(tables):
     assert drawn <= set(map(tuple, stream))
     assert (batch.loss_mask_T == 1).all()
     assert np.array_equal(batch.cu_seqlens, np.arange(0, len(batch.tokens_T) + 1, 128))
+    both = loader_of(tables, sources=[{"kind": "pydoc"}], packing="windows", schedule=[])
+    rows, _ = both.plan(Cursor(row=1000), 40)  # over the end of a block
+    joined = [both.batch(both.plan(Cursor(row=1000), 24)[0]), both.batch(both.plan(Cursor(block=1), 16)[0])]
+    assert np.array_equal(both.batch(rows).tokens_T, np.concatenate([one.tokens_T for one in joined]))
+    assert np.array_equal(both.batch(rows).labels_T, np.concatenate([one.labels_T for one in joined]))
     with pytest.raises(DataError, match="has images"):
         loader_of(tables, packing="windows")
     with pytest.raises(DataError, match="no window of"):
