@@ -69,6 +69,10 @@ class DataConfig(Table):
         description="greedy: in order, text cut at rows' ends; best_fit: only what is longer than a row is cut; "
         "windows: stretches of the token stream, which see across documents (text only)",
     )
+    threads: int = Field(2, ge=1, description="threads of a rank that decode images")
+    shuffle_shards: int = Field(
+        0, ge=0, description="shards that are shuffled together, for shards that are far away; 0: all of a source"
+    )
     seed: int = Field(1234, ge=0, description="seed of the global shuffle")
 
     @model_validator(mode="after")

@@ -19,7 +19,8 @@ class Corpus:
     def __init__(self, folder: Path, manifest: Manifest, source: str, tokenizer: Tokenizer):
         self._folder, self._shards = folder, manifest.sources[source]
         self._schema = schema_of(tokenizer.size)
-        self._ends = np.cumsum([shard.documents for shard in self._shards])
+        self.shard_sizes = tuple(shard.documents for shard in self._shards)
+        self._ends = np.cumsum(self.shard_sizes)
         self.documents = int(self._ends[-1])
         self.tokens = sum(shard.tokens for shard in self._shards)
         self.images = sum(shard.images for shard in self._shards)

@@ -15,6 +15,7 @@ from armillary.data_pipeline.corpus import OPEN, Corpus, Entries, groups
 from armillary.data_pipeline.cursor import Cursor
 from armillary.data_pipeline.images import ImageShape
 from armillary.data_pipeline.mixture import Mixture, Stage
+from armillary.data_pipeline.order import Order
 from armillary.data_pipeline.prefetch import prefetch
 from armillary.data_pipeline.shards import Columns, Manifest, read_manifest, schema_of
 from armillary.data_pipeline.shuffle import key_of, mix
@@ -240,7 +241,11 @@ def _mixture(config: DataConfig, corpora: list[Corpus | Windows], shape: ImageSh
     for start, weights in config.stages():
         rates = [w / sum(weights) * per_block / max(mean, 1) for w, mean in zip(weights, positions, strict=True)]
         stages.append(Stage(-(-start // per_block), tuple(rates)))
-    return Mixture(tuple(corpus.documents for corpus in corpora), tuple(stages), config.seed)
+    orders = [
+        Order(corpus.shard_sizes, int(key_of(config.seed, 1, number)), config.shuffle_shards)
+        for number, corpus in enumerate(corpora)
+    ]
+    return Mixture(tuple(orders), tuple(stages), config.seed)
 
 
 def _cut(rows: list[Rows], start: int, count: int) -> list[Rows]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from armillary.data_pipeline.shuffle import key_of, permute, unpermute
+from armillary.data_pipeline.order import Order
+from armillary.data_pipeline.shuffle import key_of, permute
 
 
 @dataclass(frozen=True)
@@ -21,18 +22,18 @@ class Stage:
 
 @dataclass(frozen=True)
 class Mixture:
-    """sizes: documents in each source; stages: in order, the first from block 0; seed: of the shuffle.
+    """orders: of each source's documents; stages: in order, the first from block 0; seed: of the shuffle.
 
     A source's share of any stretch of blocks is exact to one document, and a stage changes nothing before its start.
     """
 
-    sizes: tuple[int, ...]
+    orders: tuple[Order, ...]
     stages: tuple[Stage, ...]
     seed: int
 
     def drawn(self, block: int) -> np.ndarray:
         """Documents of each source that come before `block`, int64 [sources]."""
-        total = np.full(len(self.sizes), 0.5)  # so that rounding is to the nearest
+        total = np.full(len(self.orders), 0.5)  # so that rounding is to the nearest
         ends = [stage.start for stage in self.stages[1:]] + [block]
         for stage, end in zip(self.stages, ends, strict=True):
             total += np.asarray(stage.rates, np.float64) * max(0, min(block, end) - stage.start)
@@ -44,15 +45,14 @@ class Mixture:
         `document` is an index into its source. A source is used up in a fresh order each time round.
         """
         first, last = self.drawn(block), self.drawn(block + 1)
-        sources = np.repeat(np.arange(len(self.sizes)), last - first)
+        sources = np.repeat(np.arange(len(self.orders)), last - first)
         documents = [self._documents(s, np.arange(a, b)) for s, (a, b) in enumerate(zip(first, last, strict=True))]
         order = permute(np.arange(len(sources)), len(sources), key_of(self.seed, 0, block))
         return sources[order], np.concatenate(documents)[order]
 
     def ordinal(self, source: int, document: int, epoch: int) -> int:
         """How many documents the source gives before it gives `document` in epoch `epoch`."""
-        size = self.sizes[source]
-        return epoch * size + int(unpermute(np.asarray(document), size, self._key(source, epoch)))
+        return epoch * self.orders[source].size + self.orders[source].place(document, epoch)
 
     def block_of(self, source: int, ordinal: int) -> int | None:
         """The block that draws the source's document number `ordinal`; None if no block ever does."""
@@ -67,10 +67,5 @@ class Mixture:
         return low
 
     def _documents(self, source: int, ordinals: np.ndarray) -> np.ndarray:
-        size = self.sizes[source]
-        epochs, places = np.divmod(ordinals, size)
-        one = len(ordinals) and epochs[0] == epochs[-1]
-        return permute(places, size, self._key(source, int(epochs[0]) if one else epochs))
-
-    def _key(self, source: int, epoch: int | np.ndarray) -> np.uint64 | np.ndarray:
-        return key_of(self.seed, 1, source, epoch)
+        epochs, places = np.divmod(ordinals, self.orders[source].size)
+        return self.orders[source].documents(places, epochs)

@@ -26,6 +26,7 @@ class Windows:
         self._batch = np.concatenate([np.arange(len(count)) for count in counts])
         self._length, self._corpus = length, corpus
         self._rows = functools.lru_cache(OPEN)(lambda n: sliding_window_view(corpus.reader(n).flat, length))
+        self.shard_sizes = tuple(int(count.sum()) for count in counts)
         self.documents = int(self._ends[-1])
         if not self.documents:
             raise DataError(f"the source {source} has no window of {length} tokens", "data.seq_length", "make it less")

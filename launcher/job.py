@@ -44,8 +44,11 @@ class Job(TrainJob):
 
     def with_absolute_paths(self) -> "Job":
         """The same job from whatever folder it is resumed, on whatever node its ranks run."""
+        tokenizer = os.path.abspath(self.data.tokenizer) if self.data.tokenizer else ""
         sources = [s.model_copy(update={"path": os.path.abspath(s.path)}) if s.path else s for s in self.data.sources]
-        data = self.data.model_copy(update={"path": os.path.abspath(self.data.path), "sources": tuple(sources)})
+        data = self.data.model_copy(
+            update={"path": os.path.abspath(self.data.path), "sources": tuple(sources), "tokenizer": tokenizer}
+        )
         return self.model_copy(update={"data": data})
 
     def train_job(self) -> TrainJob:

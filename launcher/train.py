@@ -7,7 +7,8 @@ from pathlib import Path
 from rich.console import Console
 
 from armillary.data_pipeline.build import ensure_built
-from armillary.data_pipeline.loader import Loader
+from armillary.data_pipeline.cursor import Cursor
+from armillary.data_pipeline.loader import BLOCK_ROWS, Loader
 from armillary.data_pipeline.shards import read_manifest as read_data_manifest
 from armillary.data_pipeline.sources.easy_vqa import easy_vqa_questions
 from armillary.data_pipeline.verify import check_files
@@ -20,6 +21,7 @@ from armillary.launcher.run import Run
 from armillary.training.checkpoint.manifest import read_manifest
 
 KEPT_BY_RESUME = ("model", "data")  # a change would make the checkpoint's tensors or cursor mean something else
+FREE = ("data.path", "data.threads")  # of their keys, these may change
 
 
 @dataclass
@@ -96,10 +98,11 @@ def resume(path: Path, overrides: list[str], stop_at: int, console: Console) -> 
 
 def resumable_job(run: Run, job: Job) -> Job:
     """`job` if the run can go on with it; JobError or DataError if its model or data would be other ones."""
-    before = run.job()
+    before, cursor = run.job(), read_manifest(run.latest()).state.cursor if run.has_checkpoint else Cursor()
+    free = {*FREE, "data.schedule"} if _planned(before, cursor) == _planned(job, cursor) else set(FREE)
     for table in KEPT_BY_RESUME:
         old, new = getattr(before, table).model_dump(), getattr(job, table).model_dump()
-        changed = [f"{table}.{key}" for key in new if new[key] != old[key] and f"{table}.{key}" != "data.path"]
+        changed = [name for key in new if new[key] != old[key] and (name := f"{table}.{key}") not in free]
         if changed:
             raise JobError(
                 f"a run cannot be resumed with another {', '.join(changed)}", run.path / "job.toml",
@@ -109,6 +112,11 @@ def resumable_job(run: Run, job: Job) -> Job:
         raise DataError("these are not the shards that the run was trained on", job.data.path, "restore those shards")
     check_readable(job)
     return job
+
+
+def _planned(job: Job, cursor: Cursor) -> list:
+    """What the schedule says of the data up to the cursor's block: that much of it cannot change any more."""
+    return [stage for stage in job.data.stages() if stage[0] <= cursor.block * BLOCK_ROWS * job.data.seq_length]
 
 
 def check_readable(job: Job) -> None:

@@ -55,8 +55,10 @@ class Where:
                 f"there is no source {source}", self._run.path, f"the sources are: {', '.join(self._sources)}"
             )
         which, mixture = self._sources.index(source), self.loader.mixture
-        if not 0 <= number < mixture.sizes[which]:
-            raise JobError(f"{source} has no document {number}", self._run.path, f"it has {mixture.sizes[which]:,}")
+        if not 0 <= number < mixture.orders[which].size:
+            raise JobError(
+                f"{source} has no document {number}", self._run.path, f"it has {mixture.orders[which].size:,}"
+            )
         seen: set[int] = set()
         epoch = 0
         while self._ends:

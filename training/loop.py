@@ -65,7 +65,7 @@ class Trainer:
     def __init__(self, assignment: Assignment):
         job, rank = assignment.job, assignment.rank
         self.assignment, self.job, self.rank = assignment, job, rank
-        self.loader = Loader(job.data, job.image_shape)
+        self.loader = Loader(job.data, job.image_shape, job.data.threads)
         bf16 = job.training.precision == "bf16"
         self.model = build_model(job, rank.device)
         self.engine = Engine(self.model, job.optimizer, bf16)

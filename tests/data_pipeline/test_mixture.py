@@ -3,8 +3,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from armillary.data_pipeline.mixture import Mixture, Stage
+from armillary.data_pipeline.order import Order
 
 rates = st.floats(0, 300) | st.floats(0, 0.01)
+
+
+@st.composite
+def orders(draw, key):
+    """Sources of up to six shards, shuffled over all or a few of them."""
+    sizes = draw(st.lists(st.integers(1, 400), min_size=1, max_size=6))
+    return Order(tuple(sizes), key, draw(st.integers(0, 4)))
 
 
 @st.composite
@@ -12,8 +20,8 @@ def mixtures(draw):
     sources = draw(st.integers(1, 3))
     starts = [0, *sorted(draw(st.sets(st.integers(1, 30), max_size=2)))]
     stages = [Stage(start, tuple(draw(rates) for _ in range(sources))) for start in starts]
-    sizes = tuple(draw(st.integers(1, 2000)) for _ in range(sources))
-    return Mixture(sizes, tuple(stages), draw(st.integers(0, 9)))
+    seed = draw(st.integers(0, 9))
+    return Mixture(tuple(draw(orders(seed + n)) for n in range(sources)), tuple(stages), seed)
 
 
 @given(mixtures(), st.integers(1, 40))
@@ -21,10 +29,10 @@ def mixtures(draw):
 def test_every_epoch_of_a_source_takes_each_document_once(mixture, blocks):
     drawn = [mixture.block(block) for block in range(blocks)]
     source, document = (np.concatenate(column) for column in zip(*drawn, strict=True))
-    assert np.array_equal(np.bincount(source, minlength=len(mixture.sizes)), mixture.drawn(blocks))
+    assert np.array_equal(np.bincount(source, minlength=len(mixture.orders)), mixture.drawn(blocks))
     # Within a block the order is another one, so an epoch is compared as a set, up to the block it ends in.
-    for s, size in enumerate(mixture.sizes):
-        counts = np.bincount(document[source == s], minlength=size)
+    for s, order in enumerate(mixture.orders):
+        counts = np.bincount(document[source == s], minlength=order.size)
         assert counts.max() - counts.min() <= 1
 
 
@@ -39,7 +47,7 @@ def test_shares_are_exact_over_any_stretch(mixture, start, blocks):
 @settings(deadline=None)
 def test_a_later_stage_disturbs_nothing_before_it(mixture, start, later):
     start += mixture.stages[-1].start
-    changed = Mixture(mixture.sizes, (*mixture.stages, Stage(start, later[: len(mixture.sizes)])), mixture.seed)
+    changed = Mixture(mixture.orders, (*mixture.stages, Stage(start, later[: len(mixture.orders)])), mixture.seed)
     for block in (0, start - 1):
         for a, b in zip(mixture.block(block), changed.block(block), strict=True):
             assert np.array_equal(a, b)
@@ -53,21 +61,21 @@ def test_a_document_is_found_again(mixture, block, data):
         number = data.draw(st.integers(0, len(source) - 1))
         s, d = int(source[number]), int(document[number])
         first, last = (int(mixture.drawn(b)[s]) for b in (block, block + 1))
-        epochs = range(first // mixture.sizes[s], last // mixture.sizes[s] + 1)
+        epochs = range(first // mixture.orders[s].size, last // mixture.orders[s].size + 1)
         ordinals = [o for epoch in epochs if first <= (o := mixture.ordinal(s, d, epoch)) < last]
         assert ordinals
         assert {mixture.block_of(s, ordinal) for ordinal in ordinals} == {block}
 
 
 def test_what_is_never_drawn_has_no_block():
-    mixture = Mixture((5, 5), (Stage(0, (2.0, 1.0)), Stage(3, (2.0, 0.0))), 1)
+    mixture = Mixture((Order((5,), 1), Order((5,), 2)), (Stage(0, (2.0, 1.0)), Stage(3, (2.0, 0.0))), 1)
     assert mixture.block_of(1, 2) == 2
     assert mixture.block_of(1, 3) is None
 
 
 def test_epochs_and_seeds_differ():
     def order(seed, block):
-        return Mixture((500,), (Stage(0, (500.0,)),), seed).block(block)[1]
+        return Mixture((Order((500,), seed),), (Stage(0, (500.0,)),), seed).block(block)[1]
 
     assert sorted(order(3, 0)) == sorted(order(3, 1)) == list(range(500))
     assert not np.array_equal(order(3, 0), order(3, 1))
@@ -75,7 +83,7 @@ def test_epochs_and_seeds_differ():
 
 
 def test_a_block_far_into_a_huge_source_costs_what_the_first_costs():
-    mixture = Mixture((10**12,), (Stage(0, (1000.0,)),), 1)
+    mixture = Mixture((Order((10**12,), 1),), (Stage(0, (1000.0,)),), 1)
     _, document = mixture.block(10**9 - 1)
     assert len(document) == len(set(document.tolist())) == 1000
     assert document.max() > 9 * 10**11

@@ -148,7 +148,8 @@ def test_the_token_is_in_no_log_and_no_argument(interrupted):
 def test_a_run_is_resumed_on_another_layout_and_ends(interrupted, armillary):
     run = interrupted["run"]
     done = run.curve()[-1]["step"]
-    for layout, steps in ((["parallel.tensor=1", "parallel.pipeline=2"], 2), (["parallel.pipeline=1"], 4)):
+    later = "data.schedule=[{from_positions=1_000_000_000, weights={pydoc=9.0}}]"
+    for layout, steps in ((["parallel.tensor=1", "parallel.pipeline=2", later], 2), (["parallel.pipeline=1"], 4)):
         until = done + steps
         result = armillary("resume", run.path, *layout, "--stop-at", until, "--json")
         assert result.returncode == 0, result.stderr

@@ -1,0 +1,51 @@
+"""What a run may change when it goes on."""
+
+import pytest
+
+from armillary.data_pipeline.cursor import Cursor
+from armillary.data_pipeline.loader import BLOCK_ROWS
+from armillary.data_pipeline.shards import read_manifest
+from armillary.errors import JobError
+from armillary.launcher.job import resolve
+from armillary.launcher.run import Run
+from armillary.launcher.train import resumable_job
+from armillary.training.checkpoint.manifest import FORMAT, MANIFEST, Manifest, State
+
+BLOCK = BLOCK_ROWS * 128  # positions of a block of the tiny job
+
+
+@pytest.fixture
+def run(tables, shards, tmp_path):
+    """A run whose checkpoint stands in the third block."""
+    run = Run.create(tmp_path / "run", resolve(tables, "test"), read_manifest(shards))
+    state = State(
+        step=5, cursor=Cursor(block=2, row=7), tokens=1, loss=1.0, run="run", job_hash="", job={}, saved_at=0.0
+    )
+    checkpoint = run.path / "checkpoints" / "step-00000005"
+    checkpoint.mkdir(parents=True)
+    manifest = Manifest(format=FORMAT, dtype="float32", state=state, chunks=()).sealed()
+    (checkpoint / MANIFEST).write_text(manifest.model_dump_json())
+    (run.path / "latest").write_text(checkpoint.name)
+    return run
+
+
+def changed(run, *overrides):
+    return resumable_job(run, run.job(list(overrides)))
+
+
+def schedule(position):
+    return f"data.schedule=[{{from_positions={position}, weights={{pydoc=9.0}}}}]"
+
+
+def test_the_schedule_may_change_where_no_data_was_drawn_yet(run):
+    assert changed(run, schedule(2 * BLOCK + 1)).data.schedule[0].weights == {"pydoc": 9.0}
+    for position in (1, BLOCK, 2 * BLOCK):
+        with pytest.raises(JobError, match=r"another data\.schedule"):
+            changed(run, schedule(position))
+
+
+def test_threads_may_change_and_what_makes_the_data_may_not(run):
+    assert changed(run, "data.threads=7").data.threads == 7
+    for override in ("data.packing=best_fit", "data.shuffle_shards=2", "data.seq_length=256", "model.depth=4"):
+        with pytest.raises(JobError, match="cannot be resumed with another"):
+            changed(run, override)
