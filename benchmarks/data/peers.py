@@ -44,9 +44,9 @@ class Litdata:
 
     def text(self, folder: Path) -> Iterator[int]:
         import torch
-        from litdata import TokensLoader
+        from litdata import StreamingDataset, TokensLoader
 
-        data = _streaming().StreamingDataset(
+        data = StreamingDataset(
             str(folder / "litdata"),
             item_loader=TokensLoader(block_size=corpora.SEQ_LENGTH),
             shuffle=True,

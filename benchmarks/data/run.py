@@ -34,9 +34,11 @@ def main() -> None:
     options.add_argument("--folder", type=Path, default=Path("data/bench"), help="where the corpora are made")
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--out", type=Path, default=Path("docs/results/data-bench.json"))
+    options.add_argument("--only", nargs="*", default=WHAT, choices=WHAT, help="of the columns, these")
     args = options.parse_args()
-    pairs = [("limit", "gather"), ("limit", "decoder"), ("armillary", "packed")]
-    pairs += [(name, what) for what in WHAT if what != "packed" for name in ("armillary", *PEERS)]
+    pairs = [("limit", limit) for limit in sorted({LIMITS[what] for what in args.only if what in LIMITS})]
+    for what in args.only:
+        pairs += [(name, what) for name in ("armillary", *(PEERS if what != "packed" else ()))]
     found: dict[str, list[dict]] = {}
     for number in range(args.rounds):
         for name, what in pairs:
