@@ -30,6 +30,7 @@ from armillary.data_pipeline.shards import (
 from armillary.data_pipeline.sources import parts_of
 from armillary.data_pipeline.tokenizer import Tokenizer
 from armillary.errors import DataError
+from armillary.files import write_whole
 
 Progress = Callable[[str, int, int], None]
 Each = Callable[[Callable, Iterable], Iterable]  # `map`, or one that works on many processors; any order
@@ -168,7 +169,7 @@ def _take_up(work: Path, config: DataConfig, parts: dict) -> None:
     for old in work.iterdir():
         if old.name != "lock":
             old.unlink()
-    (work / PLAN).write_text(text)
+    write_whole(work / PLAN, text)
 
 
 def _tokenizer(work: Path, config: DataConfig, parts: dict) -> Tokenizer:
@@ -186,9 +187,7 @@ def _tokenizer(work: Path, config: DataConfig, parts: dict) -> Tokenizer:
             )
     else:
         tokenizer = Tokenizer.train(_training_texts(config, parts), config.vocab_size)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(tokenizer.to_json())
-    temporary.rename(path)
+    write_whole(path, tokenizer.to_json())
     return tokenizer
 
 

@@ -22,6 +22,7 @@ from armillary.data_pipeline.substrings import SubstringWriter
 from armillary.data_pipeline.tokenizer import Tokenizer
 from armillary.data_pipeline.write import write_shards
 from armillary.errors import DataError
+from armillary.files import write_whole
 from armillary.table import SealedTable
 
 AT_ONCE = 256  # documents that are tokenized together
@@ -141,9 +142,7 @@ def encode_part(task: Encode) -> tuple[tuple[str, int], PartReport]:
     if index is not None:
         substrings = index.write(task.work / f"{stem}.substrings.arrow", sum(shard.documents for shard in shards))
     report = PartReport(shards=shards, dropped=dropped, examples=tuple(examples), substrings=substrings).sealed()
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(report.model_dump_json())
-    temporary.rename(path)
+    write_whole(path, report.model_dump_json())
     return (task.source.name, task.number), report
 
 

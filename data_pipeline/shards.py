@@ -1,7 +1,6 @@
 """Arrow IPC shards, their indexes and their manifest: what is on disk. docs/data-format.md specifies it."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import xxhash
 from pydantic import ValidationError
 
 from armillary.errors import DataError
+from armillary.files import write_whole
 from armillary.table import SealedTable, Table
 
 MANIFEST = "manifest.json"
@@ -207,10 +207,7 @@ def check_size(path: Path, size: int) -> None:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest of a folder of shards, synced to disk."""
-    with open(folder / MANIFEST, "w") as file:
-        file.write(manifest.model_dump_json(indent=1))
-        file.flush()
-        os.fsync(file.fileno())
+    write_whole(folder / MANIFEST, manifest.model_dump_json(indent=1))
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -14,7 +14,8 @@ from armillary.errors import DataError
 class Windows:
     """Stands in for a Corpus: window after window of `length` positions, each with a token more for its last label.
 
-    DataError where the source has images, which a window would cut, or no window at all.
+    DataError where the source has images, which a window would cut, or no window at all; and, when a shard is first
+    read, where its documents have roles or weights.
     """
 
     def __init__(self, corpus: Corpus, source: str, shards: tuple[Shard, ...], length: int):
@@ -25,12 +26,22 @@ class Windows:
         self._shard = np.repeat(np.arange(len(shards)), [len(count) for count in counts])
         self._batch = np.concatenate([np.arange(len(count)) for count in counts])
         self._length, self._corpus = length, corpus
-        self._rows = functools.lru_cache(OPEN)(lambda n: sliding_window_view(corpus.reader(n).flat, length))
+        self._source, self._rows = source, functools.lru_cache(OPEN)(self._open_rows)
         self.shard_sizes = tuple(int(count.sum()) for count in counts)
         self.documents = int(self._ends[-1])
         if not self.documents:
             raise DataError(f"the source {source} has no window of {length} tokens", "data.seq_length", "make it less")
         self.tokens, self.images = self.documents * (length + 1), 0
+
+    def _open_rows(self, shard: int) -> np.ndarray:
+        """Every stretch of `length` tokens of a shard's file, as a view."""
+        reader = self._corpus.reader(shard)
+        if (reader.first < 0).any():
+            raise DataError(
+                f"the source {self._source} has roles or weights, of which windows know nothing", "data.packing",
+                "pack greedily",
+            )  # fmt: skip
+        return sliding_window_view(reader.flat, self._length)
 
     def look_up(self, windows: np.ndarray) -> Entries:
         """Where `windows` (int64 [n]) are."""

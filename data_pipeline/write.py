@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import xxhash
 
 from armillary.data_pipeline.document import Encoded
 from armillary.data_pipeline.shards import INDEX_SCHEMA, Shard, checksum
+from armillary.files import sync
 
 BATCH_BYTES = 4 << 20  # of tokens and images; a batch is the least that is checked when a part of it is read
 BATCH_DOCUMENTS = 16384
@@ -108,7 +108,7 @@ class _ShardWriter:
     def close(self) -> Shard:
         self._writer.close()
         self._file.close()
-        _sync(self._path)
+        sync(self._path)
         raw = pa.memory_map(str(self._path)).read_buffer()
         start = 8 + self._schema.serialize().size  # behind the magic number and the schema's message
         batches = []
@@ -126,7 +126,7 @@ class _ShardWriter:
             columns = (self._tokens, self._images, self._first)
             arrays = [pa.array(values, field.type) for values, field in zip(columns, schema, strict=True)]
             writer.write_batch(pa.record_batch(arrays, schema=schema))
-        _sync(index_path)
+        sync(index_path)
         return Shard(
             file=self._path.name,
             documents=len(self._tokens),
@@ -139,11 +139,3 @@ class _ShardWriter:
             index_bytes=index_path.stat().st_size,
             index_xxh3=checksum(index_path),
         )
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -24,9 +24,10 @@ from pydantic import ValidationError
 from armillary.data_pipeline.shards import Manifest
 from armillary.data_pipeline.tokenizer import Tokenizer
 from armillary.errors import CheckpointError, JobError
+from armillary.files import sync, write_whole
 from armillary.launcher.job import Job, apply_overrides, read_toml, resolve
 from armillary.training.checkpoint.commit import commit, discard
-from armillary.training.checkpoint.manifest import MANIFEST, State, sync_folder, write_json
+from armillary.training.checkpoint.manifest import MANIFEST, State
 
 DATA_MANIFEST = "data_manifest.json"
 
@@ -56,7 +57,7 @@ class Run:
                 f"the run directory cannot be made: {error.strerror}", path, "name another --run-dir"
             ) from None
         run = cls(path.resolve())
-        write_json(run.path / DATA_MANIFEST, data.model_dump_json(indent=1))
+        write_whole(run.path / DATA_MANIFEST, data.model_dump_json(indent=1))
         run.write_job(job)
         return run
 
@@ -93,8 +94,8 @@ class Run:
         return Tokenizer.from_json(self.data().tokenizer)
 
     def write_job(self, job: Job) -> None:
-        write_json(self.path / "job.toml", job.to_toml())
-        write_json(self.path / "job.hash", job.hash() + "\n")
+        write_whole(self.path / "job.toml", job.to_toml())
+        write_whole(self.path / "job.hash", job.hash() + "\n")
 
     def job(self, overrides: list[str] = ()) -> Job:
         """The run's job, with overrides. A new layout's world size follows from its sizes unless it is given."""
@@ -181,8 +182,8 @@ class Run:
         if target.exists():  # a run resumed from an older checkpoint comes by this step again
             shutil.rmtree(target)
         commit(staging, target, state, ranks)
-        write_json(self.path / "latest", target.name + "\n")
-        sync_folder(self.path)
+        write_whole(self.path / "latest", target.name + "\n")
+        sync(self.path)
         self.event("checkpoint", step=state.step, path=str(target.relative_to(self.path)))
         return target
 
@@ -196,7 +197,7 @@ class Run:
             }
             for rank, address in enumerate(addresses)
         ]
-        write_json(self.targets_file, json.dumps(targets, indent=1) + "\n")
+        write_whole(self.targets_file, json.dumps(targets, indent=1) + "\n")
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)

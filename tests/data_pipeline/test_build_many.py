@@ -15,7 +15,10 @@ from armillary.data_pipeline import encode
 from armillary.data_pipeline.build import build
 from armillary.data_pipeline.config import DataConfig
 from armillary.data_pipeline.corpus import Corpus
+from armillary.data_pipeline.cursor import Cursor
+from armillary.data_pipeline.images import ImageShape
 from armillary.data_pipeline.inspect import samples
+from armillary.data_pipeline.loader import Loader
 from armillary.data_pipeline.shards import MANIFEST, read_manifest, write_manifest
 from armillary.data_pipeline.tokenizer import Tokenizer
 from armillary.data_pipeline.verify import verify
@@ -224,3 +227,12 @@ def test_images_and_texts_of_several_sources(tmp_path, config):
     assert manifest.reports["pictures"].images == 5
     corpus = Corpus(Path(both.path), manifest, "pictures", Tokenizer.from_json(manifest.tokenizer))
     assert (corpus.documents, corpus.images) == (5, 5)
+
+
+@pytest.mark.parametrize("record", [{"question": text(90), "answer": "yes"}, {"text": text(91), "weight": 2}])
+def test_windows_are_not_cut_from_documents_with_roles_or_weights(config, record):
+    lines(Path(config.sources[0].path) / "9.jsonl", record)
+    build(config)
+    loader = Loader(config.model_copy(update={"packing": "windows", "seq_length": 16}), ImageShape(8, 4))
+    with pytest.raises(DataError, match="has roles or weights"):
+        loader.batch(loader.plan(Cursor(), 200)[0])

@@ -82,8 +82,7 @@ def test_weights_and_moments_end_alike(runs):
     assert {key.partition("/")[0] for key in relayed.keys} == {"weight", "exp_avg", "exp_avg_sq"}
     for key in relayed.keys:
         want = uninterrupted.whole(key)
-        # Layouts add in another order, and Adam makes much of the difference where a gradient is next to nothing.
-        assert (relayed.whole(key) - want).norm() <= 1e-4 * want.norm(), key
+        assert (relayed.whole(key) - want).norm() <= 1e-5 * want.norm(), key
     assert relayed.manifest.state.cursor == uninterrupted.manifest.state.cursor
 
 

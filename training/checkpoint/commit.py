@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from armillary.errors import CheckpointError
+from armillary.files import sync, write_whole
 from armillary.training.checkpoint.manifest import (
     CHUNKS,
     FORMAT,
@@ -15,8 +16,6 @@ from armillary.training.checkpoint.manifest import (
     Manifest,
     State,
     fragment_name,
-    sync_folder,
-    write_json,
 )
 
 
@@ -33,15 +32,15 @@ def commit(staging: Path, target: Path, state: State, ranks: int) -> None:
             raise CheckpointError(f"rank {rank} did not write its part: {error}", staging, "see its log") from None
     _check_whole(chunks, staging)
     manifest = Manifest(format=FORMAT, dtype="float32", state=state, chunks=tuple(chunks)).sealed()
-    write_json(staging / MANIFEST, manifest.model_dump_json())
+    write_whole(staging / MANIFEST, manifest.model_dump_json())
     for rank in range(ranks):
         (staging / fragment_name(rank)).unlink()
-    sync_folder(staging)
+    sync(staging)
     if target.exists():
         raise CheckpointError("a checkpoint of this step exists already", target, "keep it, or move it away")
     target.parent.mkdir(parents=True, exist_ok=True)
     staging.rename(target)
-    sync_folder(target.parent)
+    sync(target.parent)
 
 
 def discard(staging: Path) -> None:

@@ -1,7 +1,6 @@
 """What is in a checkpoint: the manifest, written last. Without it there is no checkpoint."""
 
 import json
-import os
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -60,25 +59,6 @@ class Manifest(SealedTable):
 def fragment_name(rank: int) -> str:
     """The file that lists rank `rank`'s chunks until the commit."""
     return f"rank-{rank:05d}.json"
-
-
-def write_json(path: Path, text: str) -> None:
-    """Write a file whole and sync it: a crash leaves the old one, or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-
-
-def sync_folder(path: Path) -> None:
-    """Make a rename inside `path` durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -8,8 +8,9 @@ import torch
 import xxhash
 from megatron.core import parallel_state
 
+from armillary.files import write_whole
 from armillary.model.coordinates import Placement
-from armillary.training.checkpoint.manifest import CHUNKS, Chunk, fragment_name, write_json
+from armillary.training.checkpoint.manifest import CHUNKS, Chunk, fragment_name
 
 ALIGNMENT = 64
 
@@ -50,4 +51,4 @@ def write_rank(folder: Path, rank: int, states: Iterator[tuple[Placement, dict[s
                     file.write(raw)
         file.flush()
         os.fsync(file.fileno())
-    write_json(folder / fragment_name(rank), CHUNKS.dump_json(tuple(chunks)).decode())
+    write_whole(folder / fragment_name(rank), CHUNKS.dump_json(tuple(chunks)).decode())
