@@ -11,10 +11,14 @@ from armillary.data_pipeline.shards import Columns, Manifest, ShardReader, schem
 from armillary.data_pipeline.tokenizer import Tokenizer
 
 OPEN = 4096  # shards, and batches, that are held open: views of mapped files, a few kilobytes each
+OPEN_COMPRESSED = 256  # batches that are held unpacked: about 4 MiB each
 
 
 class Corpus:
-    """A source's shards. What is held in memory grows with their number, not with that of the documents."""
+    """A source's shards. What is held in memory grows with their number, not with that of the documents.
+
+    `reader(shard)` and `columns(shard, batch)` open what they are asked for, and keep the last ones open.
+    """
 
     def __init__(self, folder: Path, manifest: Manifest, source: str, tokenizer: Tokenizer):
         self._folder, self._shards = folder, manifest.sources[source]
@@ -24,10 +28,11 @@ class Corpus:
         self.documents = int(self._ends[-1])
         self.tokens = sum(shard.tokens for shard in self._shards)
         self.images = sum(shard.images for shard in self._shards)
+        self.compressed = manifest.built_from.get("compression", "none") != "none"
         self.reader = functools.lru_cache(OPEN)(self._reader)
+        self.columns = functools.lru_cache(OPEN_COMPRESSED if self.compressed else OPEN)(self._columns)
 
-    def columns(self, shard: int, batch: int) -> Columns:
-        """A batch of a shard, opened anew."""
+    def _columns(self, shard: int, batch: int) -> Columns:
         return self.reader(shard).columns(batch)
 
     def look_up(self, documents: np.ndarray) -> "Entries":

@@ -3,47 +3,22 @@
 import functools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from armillary.data_pipeline import pack
-from armillary.data_pipeline.batch import PackedBatch, Pieces, assemble
+from armillary.data_pipeline.batch import Laid, PackedBatch, Pieces, Stretches, assemble, blank
 from armillary.data_pipeline.config import DataConfig
-from armillary.data_pipeline.corpus import OPEN, Corpus, Entries, groups
+from armillary.data_pipeline.corpus import Corpus, groups
 from armillary.data_pipeline.cursor import Cursor
 from armillary.data_pipeline.images import ImageShape
-from armillary.data_pipeline.mixture import Mixture, Stage
-from armillary.data_pipeline.order import Order
-from armillary.data_pipeline.prefetch import prefetch
+from armillary.data_pipeline.plan import Planner, Rows, cut
 from armillary.data_pipeline.shards import Columns, Manifest, read_manifest, schema_of
 from armillary.data_pipeline.shuffle import key_of, mix
 from armillary.data_pipeline.tokenizer import Tokenizer
-from armillary.data_pipeline.windows import Windows, window_batch
+from armillary.data_pipeline.windows import Windows
 from armillary.errors import DataError
-
-BLOCK_ROWS = 1024  # a block draws documents for about so many rows, and is packed by itself
-
-
-@dataclass(frozen=True)
-class Block:
-    """A block of the global order, packed: what its documents are, and which pieces of them make up its rows."""
-
-    number: int
-    source: np.ndarray  # int64 [documents]
-    document: np.ndarray  # int64 [documents]: number in its source
-    entries: Entries
-    packed: pack.Packed
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows [first, last) of a block."""
-
-    block: Block
-    first: int
-    last: int
 
 
 @dataclass(frozen=True)
@@ -52,6 +27,20 @@ class Step:
 
     micro_batches: list[PackedBatch]
     after: Cursor
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of a document in a row: input positions [start, stop) of document `number` of a source."""
+
+    row: int  # of those that were asked for
+    at: int  # the position of all their rows where it begins
+    source: int
+    number: int
+    start: int
+    stop: int
+    columns: Columns  # the document
+    place: int  # is number `place` in them
 
 
 class Loader:
@@ -65,7 +54,7 @@ class Loader:
         manifest = read_manifest(folder)
         self.tokenizer = Tokenizer.from_json(manifest.tokenizer)
         self._config, self._shape = config, shape
-        self._dtype = schema_of(self.tokenizer.size).field("tokens").type.value_type.to_pandas_dtype()
+        self._dtype = np.dtype(schema_of(self.tokenizer.size).field("tokens").type.value_type.to_pandas_dtype())
         if shape.positions > config.seq_length:
             raise DataError(
                 f"an image takes {shape.positions} positions, a row has {config.seq_length}",
@@ -73,188 +62,150 @@ class Loader:
                 f"set it to at least {shape.positions}, or take larger patches (model.patch_size)",
             )
         self.corpora = [self._corpus(folder, manifest, source.name) for source in config.sources]
-        self.mixture = _mixture(config, self.corpora, shape)
+        self.plan = Planner(config, self.corpora, shape)
         self._augment = np.array([source.augment for source in config.sources])
         self._pool = ThreadPoolExecutor(threads, "decode") if threads > 1 else None
-        self.block = functools.lru_cache(4)(self._block)
-        self._columns = functools.lru_cache(OPEN)(self._open_columns)
+        self._located = functools.lru_cache(4)(self._locate)
 
     def _corpus(self, folder: Path, manifest: Manifest, source: str) -> Corpus | Windows:
         corpus = Corpus(folder, manifest, source, self.tokenizer)
         if self._config.packing == "windows":
-            if manifest.built_from.get("compression", "none") != "none":
-                raise DataError(
-                    "windows are not read from compressed shards", folder, 'build with compression = "none"'
-                )
             return Windows(corpus, source, manifest.sources[source], self._config.seq_length)
         return corpus
 
-    def plan(self, cursor: Cursor, rows: int) -> tuple[list[Rows], Cursor]:
-        """The `rows` rows from `cursor` on, and the cursor after them."""
-        found, block, row = [], cursor.block, cursor.row
-        while rows:
-            last = min(row + rows, self.block(block).packed.rows)
-            if last > row:
-                found.append(Rows(self.block(block), row, last))
-                rows -= last - row
-            row = last
-            if row >= self.block(block).packed.rows:
-                block, row = block + 1, 0
-        return found, Cursor(block=block, row=row)
-
-    def batch(self, rows: list[Rows], with_images: bool = True) -> PackedBatch:
-        """Build rows into one PackedBatch; without patches where no stage of this rank sees them."""
-        if self._config.packing == "windows":
-            return self._window_batch(rows)
-        pieces, count = self.pieces(rows)
+    def batch(self, rows: list[Rows], with_tokens: bool = True, with_images: bool = True) -> PackedBatch:
+        """Build rows into one PackedBatch; for a pipeline stage that needs less, without patches, or without all but
+        the pieces' bounds: then no shard is read."""
+        if not with_tokens:
+            return self._bounds(rows)
+        parts = [self._pieces(part) for part in rows]
         each = self._pool.map if self._pool else map
-        return assemble(pieces, count, self._config.seq_length, self._shape, self.tokenizer.image, with_images, each)
+        special = self.tokenizer.image, self.tokenizer.end
+        return assemble(_joined(parts), self._dtype, self._shape, *special, with_images, each)
 
     def steps(
-        self, cursor: Cursor, rows: int, micro_batch: int, rank: int, ranks: int, with_images: bool = True
+        self,
+        cursor: Cursor,
+        rows: int,
+        micro_batch: int,
+        rank: int,
+        ranks: int,
+        with_tokens: bool = True,
+        with_images: bool = True,
     ) -> Iterator[Step]:
-        """Endless steps of `rows` rows from `cursor` on, built two ahead in a thread.
+        """Endless steps of `rows` rows from `cursor` on, see `batch`.
 
         Rank `rank` of `ranks` (data parallel) gets rows [rank * rows / ranks, ...) in micro-batches.
         """
-        share = rows // ranks
+        starts = range(rank * rows // ranks, (rank + 1) * rows // ranks, micro_batch)
+        while True:
+            planned, cursor = self.plan.rows(cursor, rows)
+            micro_batches = [self.batch(cut(planned, start, micro_batch), with_tokens, with_images) for start in starts]
+            yield Step(micro_batches, cursor)
 
-        def make() -> Iterator[Step]:
-            at = cursor
-            while True:
-                planned, after = self.plan(at, rows)
-                starts = range(rank * share, (rank + 1) * share, micro_batch)
-                yield Step([self.batch(_cut(planned, start, micro_batch), with_images) for start in starts], after)
-                at = after
+    def _bounds(self, rows: list[Rows]) -> PackedBatch:
+        parts = [slice(*part.pieces) for part in rows]
+        packed = [part.block.packed for part in rows]
+        lengths = [(one.stop - one.start)[which] for one, which in zip(packed, parts, strict=True)]
+        none, shape = np.empty(0, self._dtype), self._shape
+        return PackedBatch(
+            tokens_T=none,
+            last_labels=none,
+            loss_mask_T=np.empty(0, np.float32),
+            cu_seqlens=np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int32),
+            piece_sources=np.empty(0, np.int32),
+            patches_IND=np.empty((0, shape.patches, shape.patch_dim), np.uint8),
+            image_starts_I=np.empty(0, np.int64),
+        )
 
-        return prefetch(make(), ahead=2)
-
-    def _window_batch(self, rows: list[Rows]) -> PackedBatch:
-        """A row is a window, and a window a document of its block."""
-        sources, tokens, labels = [], [], []
+    def pieces(self, rows: list[Rows]) -> Iterator[Piece]:
+        """The pieces of rows in their order, padding left out: for looking at, one by one."""
+        before = 0
         for part in rows:
-            which = np.arange(part.first, part.last)
-            source = part.block.source[which]
-            found = [np.empty((len(which), self._config.seq_length), self._dtype) for _ in range(2)]
-            for s, mine in groups(source):
-                gathered = self.corpora[s].gather(part.block.entries, which[mine])
-                if len(mine) == len(which):
-                    found = gathered
-                else:
-                    found[0][mine], found[1][mine] = gathered
-            sources.append(source.astype(np.int32))
-            tokens.append(found[0])
-            labels.append(found[1])
-        joined = [one[0] if len(rows) == 1 else np.concatenate(one) for one in (tokens, labels, sources)]
-        return window_batch(*joined, (self._shape.patches, self._shape.patch_dim))
+            block, (first, last) = part.block, part.pieces
+            packed = block.packed
+            for number in range(first, last):
+                document = int(packed.document[number])
+                start, stop = int(packed.start[number]), int(packed.stop[number])
+                if document >= 0:
+                    source, shard, batch = block.batch_of(document)
+                    columns, place = self.corpora[source].columns(shard, batch), int(block.entries.row[document])
+                    row, which = before // self._config.seq_length, int(block.document[document])
+                    yield Piece(row, before, source, which, start, stop, columns, place)
+                before += stop - start
 
-    def pieces(self, rows: list[Rows]) -> tuple[Pieces, int]:
-        """What rows are made of, for `assemble`, and how many they are."""
-        count = sum(part.last - part.first for part in rows)
-        parts, done = [], 0
-        for part in rows:
-            parts.append(self._pieces(part, done))
-            done += part.last - part.first
-        columns = [column for part in parts for column in part.columns]
-        joined = {
-            name: np.concatenate([getattr(part, name) for part in parts])
-            for name in ("row", "first", "start", "stop", "at", "source", "variation")
-        }
-        return Pieces(columns=columns, **joined), count
+    def _pieces(self, rows: Rows) -> Pieces:
+        """What rows are made of. The batches that they need are checked here."""
+        first, last = rows.pieces
+        block, located = rows.block, self._located(rows.block.number)
+        packed = block.packed
+        unchecked = first + located.unchecked[first:last].nonzero()[0]
+        for number in unchecked.tolist():
+            source, shard, batch = block.batch_of(packed.document[number])
+            self.corpora[source].reader(shard).check(batch)
+        located.unchecked[unchecked] = False
+        laid = {}
+        for number in (first + located.laid[first:last].nonzero()[0]).tolist():
+            source, shard, batch = block.batch_of(packed.document[number])
+            laid[number - first] = Laid(
+                self.corpora[source].columns(shard, batch),
+                int(block.entries.row[packed.document[number]]),
+                int(packed.start[number]),
+                int(packed.stop[number]),
+                int(located.variation[number]),
+            )
+        length = packed.stop[first:last] - packed.start[first:last]
+        source, closes = located.source[first:last], located.closes[first:last]
+        return Pieces(length, source, closes, located.stretches.cut(first, last), laid)
 
-    def _pieces(self, rows: Rows, done: int) -> Pieces:
-        """The pieces of rows that stand behind `done` others in a batch."""
-        packed = rows.block.packed
-        ends = packed.row_ends[rows.first : rows.last]
-        begin = int(packed.row_ends[rows.first - 1]) if rows.first else 0
-        which = slice(begin, int(ends[-1]))
-        start, stop, of = packed.start[which], packed.stop[which], packed.document[which]
-        row_of = np.searchsorted(ends, np.arange(begin, int(ends[-1])), side="right")
-        before = np.cumsum(stop - start) - (stop - start)
-        row_begins = np.concatenate([[begin], ends[:-1]]) - begin
-        at = before - before[row_begins][row_of] + (row_of + done) * self._config.seq_length
-        source, entries = rows.block.source[of], rows.block.entries
-        places = zip(source.tolist(), entries.shard[of].tolist(), entries.batch[of].tolist(), strict=True)
-        columns = [self._columns(*place) for place in places]
+    def _locate(self, number: int) -> "_Located":
+        block, size = self.plan.block(number), self._dtype.itemsize
+        packed, entries, of = block.packed, block.entries, block.packed.document
+        source = np.where(of < 0, -1, block.source[of]).astype(np.int32)
+        compressed = np.array([corpus.compressed for corpus in self.corpora])
+        laid = (of >= 0) & ((entries.first[of] < 0) | compressed[source])
+        begins, unchecked = np.zeros(len(of), np.int64), np.zeros(len(of), bool)
+        files, file_of = [blank(self._config.seq_length, self._dtype)], np.zeros(len(of), np.int64)
+        plain = np.flatnonzero((of >= 0) & ~laid)
+        for s, of_source in groups(source[plain]):
+            for shard, mine in groups(entries.shard[of[plain[of_source]]]):
+                which = plain[of_source[mine]]
+                reader, batch = self.corpora[s].reader(shard), entries.batch[of[which]]
+                begins[which] = reader.tokens_at[batch] + size * (entries.first[of[which]] + packed.start[which])
+                unchecked[which] = ~reader.checked[batch]
+                file_of[which] = len(files)
+                files.append(reader.bytes)
+        ends = begins + np.where(laid, 0, size * (packed.stop - packed.start))
+        stretches = Stretches([files[f] for f in file_of.tolist()], begins.tolist(), ends.tolist())
         variation = np.zeros(len(of), np.uint64)
         if self._augment.any():
-            names = mix(of.astype(np.uint64) + key_of(self._config.seed, 2, rows.block.number)) | np.uint64(1)
+            names = mix(of.astype(np.uint64) + key_of(self._config.seed, 2, number)) | np.uint64(1)
             variation = np.where(self._augment[source], names, np.uint64(0))
-        return Pieces(columns, entries.row[of], entries.first[of], start, stop, at, source.astype(np.int32), variation)
-
-    def _block(self, number: int) -> Block:
-        source, document = self.mixture.block(number)
-        entries = Entries(*(np.empty(len(source), np.int64) for _ in fields(Entries)))
-        for s, which in groups(source):
-            found = self.corpora[s].look_up(document[which])
-            for field in fields(Entries):
-                getattr(entries, field.name)[which] = getattr(found, field.name)
-        lengths = entries.tokens - 1 + entries.images * (self._shape.positions - 1)
-        parts = self._parts(source, entries, lengths)
-        seq_length, max_images = self._config.seq_length, self._config.max_images
-        if self._config.packing == "best_fit":
-            packed = pack.best_fit(parts, seq_length, max_images, key_of(self._config.seed, 3, number))
-        else:
-            packed = pack.greedy(parts, seq_length, max_images)
-        return Block(number, source, document, entries, packed)
-
-    def _parts(self, source: np.ndarray, entries: Entries, lengths: np.ndarray) -> pack.Parts:
-        """The block's documents; those with images that do not fit in a row are cut between images."""
-        filled = np.flatnonzero(lengths > 0)
-        parts = pack.Parts(filled, np.zeros(len(filled), np.int64), lengths[filled], entries.images[filled])
-        long = (parts.images > 0) & (
-            (parts.length > self._config.seq_length) | (parts.images > self._config.max_images)
-        )
-        if not long.any():
-            return parts
-        cut = []
-        for part in zip(*(column.tolist() for column in (*astuple(parts), long)), strict=True):
-            document, start, length, images, too_long = part
-            if too_long:
-                place = (array[document] for array in (source, entries.shard, entries.batch))
-                columns = self._columns(*map(int, place))
-                cut += self._cut_document(columns, int(entries.row[document]), document, length, images)
-            else:
-                cut.append((document, start, length, images))
-        return pack.Parts(*(np.array(column, np.int64) for column in zip(*cut, strict=True)))
-
-    def _cut_document(
-        self, columns: Columns, row: int, document: int, length: int, images: int
-    ) -> list[tuple[int, int, int, int]]:
-        width, config = self._shape.positions, self._config
-        begin = int(columns.image_offsets[row])
-        starts = columns.image_at[begin : begin + images].astype(np.int64) + np.arange(images) * (width - 1)
-        cuts = pack.cut_between_images(length, starts.tolist(), width, config.seq_length, config.max_images)
-        held = np.diff([*np.searchsorted(starts, cuts), images])
-        sizes = np.diff([*cuts, length])
-        return list(zip([document] * len(cuts), cuts, sizes.tolist(), held.tolist(), strict=True))
-
-    def _open_columns(self, source: int, shard: int, batch: int) -> Columns:
-        return self.corpora[source].columns(shard, batch)
+        whole = np.array([not isinstance(corpus, Windows) for corpus in self.corpora])
+        closes = (of >= 0) & whole[source] & (packed.stop == entries.tokens[of] - 1)
+        return _Located(stretches, source, closes, laid, unchecked, variation)
 
 
-def _mixture(config: DataConfig, corpora: list[Corpus | Windows], shape: ImageShape) -> Mixture:
-    """Weights are shares of the positions, so a source of long documents is drawn from less often."""
-    positions = [(c.tokens - c.documents + c.images * (shape.positions - 1)) / c.documents for c in corpora]
-    per_block = BLOCK_ROWS * config.seq_length
-    stages = []
-    for start, weights in config.stages():
-        rates = [w / sum(weights) * per_block / max(mean, 1) for w, mean in zip(weights, positions, strict=True)]
-        stages.append(Stage(-(-start // per_block), tuple(rates)))
-    orders = [
-        Order(corpus.shard_sizes, int(key_of(config.seed, 1, number)), config.shuffle_shards)
-        for number, corpus in enumerate(corpora)
-    ]
-    return Mixture(tuple(orders), tuple(stages), config.seed)
+@dataclass(frozen=True)
+class _Located:
+    """Of each piece of a block, where its tokens are and what else is to be done with it."""
+
+    stretches: Stretches
+    source: np.ndarray  # int32; -1: padding
+    closes: np.ndarray  # bool: it ends with its document
+    laid: np.ndarray  # bool: it is made of more than its tokens
+    unchecked: np.ndarray  # bool: its batch has not been compared with its checksum
+    variation: np.ndarray  # uint64: see batch.Laid
 
 
-def _cut(rows: list[Rows], start: int, count: int) -> list[Rows]:
-    """Rows [start, start + count) of all `rows` together."""
-    found, before = [], 0
-    for part in rows:
-        size = part.last - part.first
-        low, high = max(start - before, 0), min(start + count - before, size)
-        if low < high:
-            found.append(Rows(part.block, part.first + low, part.first + high))
-        before += size
-    return found
+def _joined(parts: list[Pieces]) -> Pieces:
+    """Pieces of several blocks behind each other."""
+    if len(parts) == 1:
+        return parts[0]
+    stretches, laid, before = Stretches([], [], []), {}, 0
+    for part in parts:
+        stretches.extend(part.stretches)
+        laid |= {before + number: piece for number, piece in part.laid.items()}
+        before += len(part.length)
+    columns = [np.concatenate([getattr(part, name) for part in parts]) for name in ("length", "source", "closes")]
+    return Pieces(*columns, stretches, laid)

@@ -42,13 +42,17 @@ class Mixture:
     def block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """The documents of one block in their order: (source, document), int64 [n] each; n may be 0.
 
-        `document` is an index into its source. A source is used up in a fresh order each time round.
+        `document` is an index into its source. The sources come by turns at random; each is used up in a fresh order
+        each time round.
         """
         first, last = self.drawn(block), self.drawn(block + 1)
         sources = np.repeat(np.arange(len(self.orders)), last - first)
         documents = [self._documents(s, np.arange(a, b)) for s, (a, b) in enumerate(zip(first, last, strict=True))]
-        order = permute(np.arange(len(sources)), len(sources), key_of(self.seed, 0, block))
-        return sources[order], np.concatenate(documents)[order]
+        if np.count_nonzero(last - first) > 1:
+            sources = sources[permute(np.arange(len(sources)), len(sources), key_of(self.seed, 0, block))]
+        found = np.empty(len(sources), np.int64)
+        found[np.argsort(sources, kind="stable")] = np.concatenate(documents)
+        return sources, found
 
     def ordinal(self, source: int, document: int, epoch: int) -> int:
         """How many documents the source gives before it gives `document` in epoch `epoch`."""

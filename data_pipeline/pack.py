@@ -25,7 +25,7 @@ class Parts:
 @dataclass(frozen=True)
 class Packed:
     """Rows: pieces [row_ends[r - 1], row_ends[r]) make up row r. Piece i is positions [start[i], stop[i]) of
-    document[i]; int64."""
+    document[i]; int64. Document -1 is padding."""
 
     document: np.ndarray
     start: np.ndarray
@@ -39,7 +39,7 @@ class Packed:
     @property
     def positions(self) -> int:
         """Positions filled; the rest of the rows is padding."""
-        return int((self.stop - self.start).sum())
+        return int((self.stop - self.start)[self.document >= 0].sum())
 
 
 def greedy(parts: Parts, seq_length: int, max_images: int) -> Packed:
@@ -85,6 +85,23 @@ def _bounds(ends: np.ndarray, whole: np.ndarray, image_ends: np.ndarray, seq_len
         at = min(limit, total)
         bounds.append(at)
     return bounds
+
+
+def padded(packed: Packed, seq_length: int) -> Packed:
+    """The same rows, each filled to `seq_length` positions: a piece of padding behind those that are not full."""
+    row_starts = np.concatenate([[0], packed.row_ends[:-1]])[: packed.rows]
+    lengths = packed.stop - packed.start
+    room = seq_length - (np.add.reduceat(lengths, row_starts) if packed.rows else lengths)
+    short = np.flatnonzero(room)
+    if not len(short):
+        return packed
+    behind = packed.row_ends[short]
+    return Packed(
+        document=np.insert(packed.document, behind, -1),
+        start=np.insert(packed.start, behind, 0),
+        stop=np.insert(packed.stop, behind, room[short]),
+        row_ends=packed.row_ends + np.cumsum(room > 0),
+    )
 
 
 def best_fit(parts: Parts, seq_length: int, max_images: int, key: np.uint64) -> Packed:

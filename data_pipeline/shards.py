@@ -1,5 +1,6 @@
 """Arrow IPC shards, their indexes and their manifest: what is on disk. docs/data-format.md specifies it."""
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,6 +133,11 @@ class Columns:
     def __len__(self) -> int:
         return len(self.weights)
 
+    @functools.cached_property
+    def token_bytes(self) -> memoryview:
+        """The bytes of `tokens`."""
+        return memoryview(self.tokens).cast("B")
+
     def spans(self, row: int) -> list[tuple[int, int]]:
         """(end, role) of a document's stretches, see document.Encoded."""
         stretch = slice(self.span_offsets[row], self.span_offsets[row + 1])
@@ -163,36 +169,30 @@ class ShardReader:
         self.batch_ends = np.array([batch["documents"] for batch in self._batches], np.int64)
         self.batch_begins = np.concatenate([[0], self.batch_ends[:-1]])
         self._file = pa.memory_map(str(self._path)).read_buffer()
-        self._checked = np.zeros(len(self._batches), bool)
-        dtype = schema.field("tokens").type.value_type.to_pandas_dtype()
-        self.flat = np.frombuffer(self._file, dtype, self._file.size // np.dtype(dtype).itemsize)  # the file as tokens
-        self._token_starts = np.array([batch["tokens_at"] for batch in self._batches]) // np.dtype(dtype).itemsize
+        self.bytes = memoryview(self._file)
+        self.tokens_at = np.array([batch["tokens_at"] for batch in self._batches], np.int64)
+        self.checked = np.zeros(len(self._batches), bool)  # batches whose checksum was found right
 
     def columns(self, number: int) -> Columns:
         """Batch `number`; DataError where its bytes are not those that were written (checked once)."""
+        self.check(number)
         return Columns.of(pa.ipc.read_record_batch(self._message(number), self._schema))
 
-    def token_starts(self, numbers: np.ndarray) -> np.ndarray:
-        """Where the token buffers of batches (int64 [n]) begin in `flat`, int64 [n]; the batches are checked as in
-        `columns`."""
-        if not self._checked[numbers].all():
-            for number in np.unique(numbers).tolist():
-                self._message(number)
-        return self._token_starts[numbers]
+    def check(self, number: int) -> None:
+        """DataError where the bytes of batch `number` are not those that were written. Their checksum is compared
+        once."""
+        if self.checked[number]:
+            return
+        found = xxhash.xxh3_64_hexdigest(self._message(number))
+        if found != (wanted := self._batches[number]["xxh3"]):
+            raise DataError(
+                f"batch {number} of a shard is corrupted: checksum {found}, index {wanted}", self._path, REBUILD
+            )
+        self.checked[number] = True
 
     def _message(self, number: int) -> pa.Buffer:
         batch = self._batches[number]
-        raw = self._file.slice(batch["start"], batch["stop"] - batch["start"])
-        if not self._checked[number]:
-            found = xxhash.xxh3_64_hexdigest(raw)
-            if found != batch["xxh3"]:
-                raise DataError(
-                    f"batch {number} of a shard is corrupted: checksum {found}, index {batch['xxh3']}",
-                    self._path,
-                    REBUILD,
-                )
-            self._checked[number] = True
-        return raw
+        return self._file.slice(batch["start"], batch["stop"] - batch["start"])
 
 
 def check_size(path: Path, size: int) -> None:

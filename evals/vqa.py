@@ -16,8 +16,8 @@ from armillary.data_pipeline.sources.easy_vqa import Question, easy_vqa_question
 from armillary.data_pipeline.tokenizer import Tokenizer
 from armillary.data_pipeline.write import record_batch
 from armillary.training.config import TrainJob
+from armillary.training.delivery import DeviceBatch
 from armillary.training.inference import load_model
-from armillary.training.step import to_inputs
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def evaluate(
 
     def predict(batch: PackedBatch) -> np.ndarray:
         parameter = next(model.parameters())
-        logits = model(to_inputs(batch, parameter.device))
+        logits = model(DeviceBatch.of(batch, parameter.device).inputs)
         return logits[:, 0].argmax(-1).cpu().numpy()
 
     correct = total = 0
@@ -88,8 +88,9 @@ def batches(
             for q in questions[start : start + at_once]
         ]
         columns = Columns.of(record_batch([tokenizer.encode_document(d) for d in documents], schema))
-        pieces, rows = whole_documents(columns, seq_length, shape)
-        yield assemble(pieces, rows, seq_length, shape, tokenizer.image)
+        yield assemble(
+            whole_documents(columns, seq_length, shape), columns.tokens.dtype, shape, tokenizer.image, tokenizer.end
+        )
 
 
 def score(predicted_T: np.ndarray, batch: PackedBatch) -> tuple[int, int]:

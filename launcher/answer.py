@@ -10,8 +10,8 @@ from armillary.data_pipeline.shards import Columns, schema_of
 from armillary.data_pipeline.write import record_batch
 from armillary.launcher.run import Run
 from armillary.model.generation import generate
+from armillary.training.delivery import DeviceBatch
 from armillary.training.inference import load_model
-from armillary.training.step import to_inputs
 
 
 class Answerer:
@@ -34,11 +34,12 @@ class Answerer:
         encoded.spans = [(len(encoded.tokens), Role.PROMPT)]
         columns = Columns.of(record_batch([encoded], schema_of(tokenizer.size)))
         length = len(encoded.tokens) - 1 + len(encoded.images) * (shape.positions - 1)
-        pieces, rows = whole_documents(columns, length, shape)
+        pieces = whole_documents(columns, length, shape)
+        batch = assemble(pieces, columns.tokens.dtype, shape, tokenizer.image, tokenizer.end)
         device = next(self._model.parameters()).device
         written = generate(
             self._model,
-            to_inputs(assemble(pieces, rows, length, shape, tokenizer.image), device),
+            DeviceBatch.of(batch, device).inputs,
             max_tokens,
             tokenizer.end,
             temperature,

@@ -8,7 +8,8 @@ from rich.console import Console
 
 from armillary.data_pipeline.build import ensure_built
 from armillary.data_pipeline.cursor import Cursor
-from armillary.data_pipeline.loader import BLOCK_ROWS, Loader
+from armillary.data_pipeline.loader import Loader
+from armillary.data_pipeline.plan import BLOCK_ROWS
 from armillary.data_pipeline.shards import read_manifest as read_data_manifest
 from armillary.data_pipeline.sources.easy_vqa import easy_vqa_questions
 from armillary.data_pipeline.verify import check_files

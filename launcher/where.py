@@ -31,20 +31,15 @@ class Where:
         at = Cursor(block=self._ends[place - 1][0], row=self._ends[place - 1][1]) if place else Cursor()
         found, row = [], 0
         while (at.block, at.row) < self._ends[place]:
-            (rows,), at = self.loader.plan(at, 1)
-            pieces, _ = self.loader.pieces([rows])
-            block = rows.block
-            first = int(block.packed.row_ends[rows.first - 1]) if rows.first else 0
-            for number, (columns, place_in) in enumerate(zip(pieces.columns, pieces.row.tolist(), strict=True)):
-                document = int(block.packed.document[first + number])
-                found.append({
-                    "row": row,
-                    "source": self._sources[int(pieces.source[number])],
-                    "number": int(block.document[document]),
-                    "name": columns.names[place_in].as_py(),
-                    "start": int(pieces.start[number]),
-                    "stop": int(pieces.stop[number]),
-                })  # fmt: skip
+            rows, at = self.loader.plan.rows(at, 1)
+            found += [{
+                "row": row,
+                "source": self._sources[piece.source],
+                "number": piece.number,
+                "name": piece.columns.names[piece.place].as_py(),
+                "start": piece.start,
+                "stop": piece.stop,
+            } for piece in self.loader.pieces(rows)]  # fmt: skip
             row += 1
         return found
 
@@ -54,7 +49,7 @@ class Where:
             raise JobError(
                 f"there is no source {source}", self._run.path, f"the sources are: {', '.join(self._sources)}"
             )
-        which, mixture = self._sources.index(source), self.loader.mixture
+        which, mixture = self._sources.index(source), self.loader.plan.mixture
         if not 0 <= number < mixture.orders[which].size:
             raise JobError(
                 f"{source} has no document {number}", self._run.path, f"it has {mixture.orders[which].size:,}"
@@ -74,7 +69,8 @@ class Where:
 
     def _rows_with(self, number: int, source: int, document: int) -> list[int]:
         """Rows of a block that hold a part of the document."""
-        block = self.loader.block(number)
-        mine = (block.source[block.packed.document] == source) & (block.document[block.packed.document] == document)
+        block = self.loader.plan.block(number)
+        of = block.packed.document
+        mine = (of >= 0) & (block.source[of] == source) & (block.document[of] == document)
         ends = block.packed.row_ends.tolist()
         return sorted({bisect.bisect_right(ends, piece) for piece in mine.nonzero()[0].tolist()})

@@ -10,10 +10,8 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from armillary.data_pipeline.cursor import Cursor
-from armillary.data_pipeline.loader import Loader
 from armillary.errors import CheckpointError, RunError
 from armillary.model.coordinates import initialize, placements
 from armillary.model.multimodal import MultimodalModel
@@ -21,6 +19,7 @@ from armillary.training.checkpoint.load import Reader
 from armillary.training.checkpoint.manifest import MOMENTS, State
 from armillary.training.checkpoint.save import write_rank
 from armillary.training.config import TrainJob
+from armillary.training.delivery import Delivery
 from armillary.training.engine import Engine
 from armillary.training.metrics import Metrics
 from armillary.training.process_group import Rank
@@ -65,22 +64,13 @@ class Trainer:
     def __init__(self, assignment: Assignment):
         job, rank = assignment.job, assignment.rank
         self.assignment, self.job, self.rank = assignment, job, rank
-        self.loader = Loader(job.data, job.image_shape, job.data.threads)
         bf16 = job.training.precision == "bf16"
         self.model = build_model(job, rank.device)
         self.engine = Engine(self.model, job.optimizer, bf16)
         self.step, self.cursor, self.tokens, self.loss = 0, Cursor(), 0, math.nan
         if assignment.resume is not None:
             self._load(Reader(assignment.resume))
-        layout = job.parallel
-        self.data = self.loader.steps(
-            self.cursor,
-            job.training.global_batch,
-            layout.micro_batch,
-            layout.coordinates(rank.rank).data,
-            layout.data,
-            with_images=parallel_state.is_pipeline_first_stage(),
-        )
+        self.data = Delivery(job, self.cursor, rank.rank, rank.device)
 
     def train_step(self, stop: bool) -> tuple[dict, bool]:
         """Do one step; its record, and whether the ranks agreed to stop after it."""

@@ -3,15 +3,13 @@
 import time
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from armillary.data_pipeline.batch import PackedBatch
-from armillary.data_pipeline.loader import Step
-from armillary.model.multimodal import Inputs, MultimodalModel, token_losses
+from armillary.model.multimodal import MultimodalModel, token_losses
+from armillary.training.delivery import DeviceStep
 from armillary.training.engine import Engine
 
 
@@ -31,21 +29,10 @@ class StepResult:
     reduce_seconds: float
 
 
-def to_inputs(batch: PackedBatch, device: torch.device) -> Inputs:
-    """A batch's part that the model reads, on `device`."""
-    return Inputs(
-        torch.from_numpy(batch.tokens_T).to(device).long(),
-        torch.from_numpy(batch.positions_T).to(device).long(),
-        torch.from_numpy(batch.cu_seqlens).to(device),
-        torch.from_numpy(batch.patches_IND).to(device),
-        torch.from_numpy(batch.image_starts_I).to(device),
-    )
-
-
 def train_step(
     model: MultimodalModel,
     engine: Engine,
-    step: Step,
+    step: DeviceStep,
     sources: int,
     learning_rate: float,
     device: torch.device,
@@ -56,35 +43,33 @@ def train_step(
     sources: how many sources the batch's tokens may be of.
     """
     started = time.perf_counter()
+    last_stage = parallel_state.is_pipeline_last_stage()
     # ZeRO averages over data-parallel ranks; the mean we want is over the global batch's learned tokens.
-    learned = _global_weight(step, device)
-    scale = parallel_state.get_data_parallel_world_size() / learned
+    scale = parallel_state.get_data_parallel_world_size() / _global_weight(step) if last_stage else 1.0
 
     def forward(batches, model):
         batch = next(batches)
-        labels_T = torch.from_numpy(batch.labels_T).to(device).long()
-        mask_T = torch.from_numpy(batch.loss_mask_T).to(device)
-        of_source_TS = torch.from_numpy(batch.source_ids_T[:, None] == np.arange(sources)).to(device)
 
         def loss(logits):
-            losses_T = token_losses(logits, labels_T) * mask_T
-            sums_2S = torch.stack([losses_T.detach(), mask_T]).double() @ of_source_TS.double()
-            return losses_T.sum() * scale, mask_T.sum().int(), sums_2S
+            losses_T = token_losses(logits, batch.labels_T) * batch.loss_mask_T
+            of_source_TS = batch.source_ids_T[:, None] == torch.arange(sources, device=device)
+            sums_2S = torch.stack([losses_T.detach(), batch.loss_mask_T]).double() @ of_source_TS.double()
+            return losses_T.sum() * scale, batch.loss_mask_T.sum().int(), sums_2S
 
-        return model(to_inputs(batch, device)), loss
+        return model(batch.inputs), loss
 
     sums = get_forward_backward_func()(
         forward_step_func=forward,
         data_iterator=iter(step.micro_batches),
         model=model,
         num_microbatches=len(step.micro_batches),
-        seq_length=len(step.micro_batches[0].tokens_T),
+        seq_length=step.micro_batches[0].positions,
         micro_batch_size=1,
         forward_only=False,
     )
     computed = time.perf_counter()
     grad_norm = engine.step(learning_rate)
-    counts = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+    counts = last_stage and parallel_state.get_tensor_model_parallel_rank() == 0
     agreed = torch.zeros(2 * sources + 1, dtype=torch.float64, device=device)
     if counts:
         agreed[:-1] = sum(sums).flatten()
@@ -93,7 +78,7 @@ def train_step(
     *figures, stops = agreed.tolist()
     losses, weights = figures[:sources], figures[sources:]
     return StepResult(
-        sum(losses) / learned,
+        sum(losses) / (sum(weights) or 1.0),
         [loss / weight if weight else None for loss, weight in zip(losses, weights, strict=True)],
         grad_norm,
         stops > 0,
@@ -102,9 +87,8 @@ def train_step(
     )
 
 
-def _global_weight(step: Step, device: torch.device) -> float:
+def _global_weight(step: DeviceStep) -> float:
     """The learned tokens of the global batch, by their weight; at least a trifle, so that none at all is no error."""
-    mine = sum(float(batch.loss_mask_T.sum(dtype=np.float64)) for batch in step.micro_batches)
-    total = torch.tensor(mine, dtype=torch.float64, device=device)
+    total = sum(batch.loss_mask_T.sum(dtype=torch.float64) for batch in step.micro_batches)
     dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
     return total.item() or 1.0

@@ -25,7 +25,9 @@ class Armillary:
 
     def prepare_text(self, folder: Path) -> None:
         tokens = np.fromfile(corpora.text(folder), np.uint16)
-        parts = np.split(tokens, np.cumsum(corpora.lengths())[:-1])
+        ends = np.cumsum(corpora.lengths())
+        tokens[ends - 1] = _tokenizer().end
+        parts = np.split(tokens, ends[:-1])
         _write(folder / "armillary", {"text": (Encoded(tokens=part.tolist()) for part in parts)})
 
     def text(self, folder: Path) -> Iterator[int]:
@@ -42,9 +44,8 @@ class Armillary:
     def images(self, folder: Path) -> Iterator[memoryview]:
         loader = _loader(folder / "armillary-images", "greedy", "images")
         for rows in _rows(loader):
-            pieces, _ = loader.pieces(rows)
-            for columns, row in zip(pieces.columns, pieces.row.tolist(), strict=True):
-                yield columns.image(columns.image_offsets[row])
+            for piece in loader.pieces(rows):
+                yield piece.columns.image(piece.columns.image_offsets[piece.place])
 
 
 def _loader(path: Path, packing: str, source: str) -> Loader:
@@ -56,7 +57,7 @@ def _loader(path: Path, packing: str, source: str) -> Loader:
 def _rows(loader: Loader) -> Iterator[list]:
     cursor = Cursor()
     while True:
-        rows, cursor = loader.plan(cursor, peers.BATCH)
+        rows, cursor = loader.plan.rows(cursor, peers.BATCH)
         yield rows
 
 
@@ -72,11 +73,15 @@ def _captioned(folder: Path) -> Iterator[Encoded]:
         yield Encoded(tokens, [(1, Role.PROMPT), (len(tokens), Role.TEXT)], [(0, path.read_bytes())], path.name)
 
 
+def _tokenizer() -> Tokenizer:
+    return Tokenizer.train(itertools.repeat("some text", 10), corpora.VOCABULARY)
+
+
 def _write(folder: Path, sources: dict) -> None:
     if (folder / MANIFEST).exists():
         return
     folder.mkdir(parents=True)
-    tokenizer = Tokenizer.train(itertools.repeat("some text", 10), corpora.VOCABULARY)
+    tokenizer = _tokenizer()
     schema, text = schema_of(corpora.VOCABULARY), tokenizer.to_json()
     shards = {
         name: tuple(write_shards(folder, name, documents, schema, 128 << 20)) for name, documents in sources.items()

@@ -8,6 +8,8 @@ from armillary.data_pipeline.images import ImageShape
 from armillary.data_pipeline.shards import Columns, schema_of
 from armillary.data_pipeline.write import record_batch
 
+END = 0
+
 
 @dataclass
 class Laid:
@@ -38,8 +40,7 @@ def batch_of(
 ) -> PackedBatch:
     """The documents packed whole, through the code under test."""
     columns = Columns.of(record_batch(documents, schema_of(vocab_size)))
-    pieces, rows = whole_documents(columns, seq_length, shape)
-    return assemble(pieces, rows, seq_length, shape, image)
+    return assemble(whole_documents(columns, seq_length, shape), columns.tokens.dtype, shape, image, END)
 
 
 def decoded(columns: Columns, row: int) -> Encoded:

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from armillary.data_pipeline.batch import Pieces, assemble
+from armillary.data_pipeline.batch import Laid, Pieces, Stretches, assemble, blank
 from armillary.data_pipeline.document import Encoded, Role
 from armillary.data_pipeline.images import ImageShape
 from armillary.data_pipeline.shards import Columns, schema_of
 from armillary.data_pipeline.write import record_batch
-from tests.data_pipeline.plain import batch_of, decoded, lay_out
+from tests.data_pipeline.plain import END, batch_of, decoded, lay_out
 
 IMAGE = 1
 SHAPE = ImageShape(8, 4)  # four positions an image
@@ -35,17 +35,13 @@ def encoded(draw):
     )
 
 
-def without_images(pieces, rows, seq_length):
-    return assemble(pieces, rows, seq_length, SHAPE, IMAGE, with_images=False)
-
-
 @given(st.lists(encoded(), min_size=1, max_size=8), st.data())
 @settings(deadline=None)
 def test_any_pieces_of_any_documents_are_laid_out_as_they_are_one_by_one(documents, data):
     columns = Columns.of(record_batch(documents, schema_of(512)))
-    laid = [lay_out(document, IMAGE, SHAPE.positions) for document in documents]
+    laid_out = [lay_out(document, IMAGE, SHAPE.positions) for document in documents]
     chosen = []
-    for number, one in enumerate(laid):
+    for number, one in enumerate(laid_out):
         inside = {at + i for at in one.image_starts for i in range(1, SHAPE.positions)}
         cuts = [place for place in range(1, len(one.tokens)) if place not in inside]
         bounds = sorted(
@@ -56,15 +52,27 @@ def test_any_pieces_of_any_documents_are_laid_out_as_they_are_one_by_one(documen
     number, start, stop = (np.array(column, np.int64) for column in zip(*chosen, strict=True))
     at = np.cumsum(stop - start) - (stop - start)
     plain = [not (d.images or d.spans) and d.weight == 1 for d in documents]
-    first = np.where(np.array(plain)[number], columns.offsets[number], -1)
+    size, padding = columns.tokens.itemsize, seq_length - int((stop - start).sum())
+    stretches, laid, closes = Stretches([], [], []), {}, []
+    for place, (document, low, high) in enumerate(chosen):
+        if plain[document]:
+            first = int(columns.offsets[document])
+            stretches.append(columns.token_bytes, size * (first + low), size * (first + high))
+        else:
+            stretches.append(blank(seq_length, columns.tokens.dtype), 0, 0)
+            laid[place] = Laid(columns, document, low, high)
+        closes.append(high == len(laid_out[document].tokens) and documents[document].tokens[-1] == END)
+    stretches.append(blank(seq_length, columns.tokens.dtype), 0, size * padding)
+    length, source = [*(stop - start), padding], [*number, -1]
+    if not padding:
+        stretches, length, source = stretches.cut(0, len(chosen)), length[:-1], source[:-1]
     pieces = Pieces(
-        [columns] * len(number), number, first, start, stop, at,
-        number.astype(np.int32), np.zeros(len(number), np.uint64),
-    )  # fmt: skip
-    batch = without_images(pieces, 1, seq_length)
+        np.array(length), np.array(source, np.int32), np.array([*closes, False][: len(length)]), stretches, laid
+    )
+    batch = assemble(pieces, columns.tokens.dtype, SHAPE, IMAGE, END, with_images=False)
     starts = []
     for (document, low, high), place in zip(chosen, at.tolist(), strict=True):
-        one, where = laid[document], slice(place, place + high - low)
+        one, where = laid_out[document], slice(place, place + high - low)
         assert batch.tokens_T[where].tolist() == one.tokens[low:high]
         assert batch.labels_T[where].tolist() == one.labels[low:high]
         assert batch.loss_mask_T[where].tolist() == one.mask[low:high]

@@ -102,7 +102,7 @@ def test_every_changed_byte_of_a_shard_is_found_and_none_is_trained_on(config):
     config = config.model_copy(update={"seq_length": 64})
     manifest = build(config)
     folder, rng = config_path(config), np.random.default_rng(0)
-    rows, _ = Loader(config, SHAPE).plan(Cursor(), 20)
+    rows, _ = Loader(config, SHAPE).plan.rows(Cursor(), 20)
     good = Loader(config, SHAPE).batch(rows)
     assert verify(folder, manifest) == []
     files = [name for shard in manifest.sources["easy_vqa"] for name in (shard.file, shard.index_file)]
@@ -117,7 +117,7 @@ def test_every_changed_byte_of_a_shard_is_found_and_none_is_trained_on(config):
         assert [error.where for error in verify(folder, manifest)] == [str(file)]
         try:
             loader = Loader(config, SHAPE)
-            batch = loader.batch(loader.plan(Cursor(), 20)[0])
+            batch = loader.batch(loader.plan.rows(Cursor(), 20)[0])
             assert np.array_equal(batch.tokens_T, good.tokens_T)
             assert np.array_equal(batch.patches_IND, good.patches_IND)
         except DataError as error:

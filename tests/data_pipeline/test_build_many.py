@@ -235,4 +235,4 @@ def test_windows_are_not_cut_from_documents_with_roles_or_weights(config, record
     build(config)
     loader = Loader(config.model_copy(update={"packing": "windows", "seq_length": 16}), ImageShape(8, 4))
     with pytest.raises(DataError, match="has roles or weights"):
-        loader.batch(loader.plan(Cursor(), 200)[0])
+        loader.batch(loader.plan.rows(Cursor(), 200)[0])

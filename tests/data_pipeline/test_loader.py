@@ -10,6 +10,7 @@ from armillary.data_pipeline.config import DataConfig
 from armillary.data_pipeline.cursor import Cursor
 from armillary.data_pipeline.images import ImageShape, patchify
 from armillary.data_pipeline.loader import Loader
+from armillary.data_pipeline.plan import BLOCK_ROWS
 from armillary.data_pipeline.prefetch import prefetch
 from armillary.errors import DataError
 from tests.data_pipeline.plain import decoded, lay_out
@@ -40,45 +41,42 @@ def contents(batch):
 
 
 @pytest.mark.parametrize("packing", ["greedy", "best_fit"])
-def test_rows_hold_every_document_of_their_block_once(tables, packing):
+def test_rows_hold_every_document_that_their_block_draws(tables, packing):
     """Against documents read back and laid out one by one in plain Python."""
     loader = loader_of(tables, packing=packing)
-    block = loader.block(3)
-    rows, _ = loader.plan(Cursor(block=3), block.packed.rows)
-    pieces, count = loader.pieces(rows)
+    block = loader.plan.block(3)
+    rows, _ = loader.plan.rows(Cursor(block=3), block.packed.rows)
     batch = loader.batch(rows, with_images=False)
-    assert count == block.packed.rows
-    laid = [
-        lay_out(decoded(columns, row), loader.tokenizer.image, SHAPE.positions)
-        for columns, row in zip(pieces.columns, pieces.row.tolist(), strict=True)
-    ]
-    seen = Counter()
-    for one, start, stop, at, document in zip(
-        laid, pieces.start, pieces.stop, pieces.at, block.packed.document, strict=True
-    ):
-        where = slice(at, at + stop - start)
+    image, seen, whole = loader.tokenizer.image, Counter(), {}
+    for piece in loader.pieces(rows):
+        one, document = (
+            lay_out(decoded(piece.columns, piece.place), image, SHAPE.positions),
+            (piece.source, piece.number),
+        )
+        start, stop = piece.start, piece.stop
+        where = slice(piece.at, piece.at + stop - start)
         assert batch.tokens_T[where].tolist() == one.tokens[start:stop]
         assert batch.labels_T[where].tolist() == one.labels[start:stop]
         assert batch.loss_mask_T[where].tolist() == one.mask[start:stop]
         assert not any(start < place < stop < place + SHAPE.positions for place in one.image_starts), "an image is cut"
-        seen.update((int(document), position) for position in range(start, stop))
-    assert set(seen.values()) == {1}
-    assert len(seen) == block.packed.positions
-    whole = {int(d): len(one.tokens) for d, one in zip(block.packed.document, laid, strict=True)}
-    assert len(seen) == sum(whole.values()), "no position of a document is left out"
-    assert set(whole) == set(range(len(block.document)))
+        seen.update((*document, position) for position in range(start, stop))
+        whole[document] = len(one.tokens)
+    # A block may draw a document more than once, in several epochs.
+    drawn = Counter(zip(block.source.tolist(), block.document.tolist(), strict=True))
+    assert set(whole) == set(drawn)
+    assert seen == {(*d, position): drawn[d] for d, length in whole.items() for position in range(length)}
+    assert seen.total() == block.packed.positions
 
 
 @given(st.sampled_from(WORLDS), st.sampled_from((1, 3)))
 @settings(max_examples=8, deadline=None)
 def test_every_number_of_ranks_is_given_the_same_rows(loader, ranks, micro_batch):
     micro_batch = micro_batch if ROWS // ranks % micro_batch == 0 else 1
-    planned, after = loader.plan(Cursor(), ROWS)
+    planned, after = loader.plan.rows(Cursor(), ROWS)
     delivered = []
     for rank in range(ranks):
         steps = loader.steps(Cursor(), ROWS, micro_batch, rank, ranks, with_images=False)
         step = next(steps)
-        steps.close()
         assert step.after == after
         delivered += [row for batch in step.micro_batches for row in contents(batch)]
     assert delivered == contents(loader.batch(planned, with_images=False))
@@ -93,25 +91,21 @@ def test_no_change_of_the_number_of_ranks_loses_or_repeats_a_row(loader, changes
     for ranks, steps in changes:
         rows = 64 * ranks if other_batch else ROWS
         for _ in range(steps):
-            planned, after = loader.plan(cursor, rows)
+            planned, after = loader.plan.rows(cursor, rows)
             share = rows // ranks
             for rank in range(ranks):
                 names = row_names(planned)[rank * share : (rank + 1) * share]
                 delivered += names
             cursor = after
-    whole, end = loader.plan(Cursor(), len(delivered))
+    whole, end = loader.plan.rows(Cursor(), len(delivered))
     assert delivered == row_names(whole)
     assert end == cursor
 
 
 def test_batches_hold_whole_documents_with_their_images(loader):
-    rows, _ = loader.plan(Cursor(), 8)
-    batch, pieces = loader.batch(rows), loader.pieces(rows)[0]
-    files = [
-        data
-        for columns, row in zip(pieces.columns, pieces.row.tolist(), strict=True)
-        for _, data in decoded(columns, row).images
-    ]
+    rows, _ = loader.plan.rows(Cursor(), 8)
+    batch = loader.batch(rows)
+    files = [data for piece in loader.pieces(rows) for _, data in decoded(piece.columns, piece.place).images]
     assert len(files) > 10
     assert np.array_equal(batch.patches_IND, np.stack([patchify(file, SHAPE) for file in files]))
     for start in batch.image_starts_I:
@@ -124,14 +118,14 @@ def test_batches_hold_whole_documents_with_their_images(loader):
 
 def test_threads_decode_the_same_images(tables, loader):
     several = Loader(DataConfig.model_validate(tables["data"]), SHAPE, threads=2)
-    rows, _ = loader.plan(Cursor(), 8)
+    rows, _ = loader.plan.rows(Cursor(), 8)
     assert np.array_equal(several.batch(rows).patches_IND, loader.batch(rows).patches_IND)
 
 
 def test_windows_are_stretches_of_the_token_stream(tables):
     loader = loader_of(tables, sources=[{"kind": "pydoc"}], packing="windows")
     (corpus,) = loader.corpora
-    batch = loader.batch(loader.plan(Cursor(), 1024)[0])  # a block, less than an epoch
+    batch = loader.batch(loader.plan.rows(Cursor(), 1024)[0])  # less than an epoch
     columns = corpus._corpus.columns(0, 0)
     stream = [columns.tokens[at : at + 129].tolist() for at in range(0, len(columns.tokens) - 128, 128)]
     assert corpus.documents == len(stream)
@@ -142,8 +136,11 @@ def test_windows_are_stretches_of_the_token_stream(tables):
     assert (batch.loss_mask_T == 1).all()
     assert np.array_equal(batch.cu_seqlens, np.arange(0, len(batch.tokens_T) + 1, 128))
     both = loader_of(tables, sources=[{"kind": "pydoc"}], packing="windows", schedule=[])
-    rows, _ = both.plan(Cursor(row=1000), 40)  # over the end of a block
-    joined = [both.batch(both.plan(Cursor(row=1000), 24)[0]), both.batch(both.plan(Cursor(block=1), 16)[0])]
+    rows, _ = both.plan.rows(Cursor(row=BLOCK_ROWS - 24), 40)  # over the end of a block
+    joined = [
+        both.batch(both.plan.rows(Cursor(row=BLOCK_ROWS - 24), 24)[0]),
+        both.batch(both.plan.rows(Cursor(block=1), 16)[0]),
+    ]
     assert np.array_equal(both.batch(rows).tokens_T, np.concatenate([one.tokens_T for one in joined]))
     assert np.array_equal(both.batch(rows).labels_T, np.concatenate([one.labels_T for one in joined]))
     with pytest.raises(DataError, match="has images"):
@@ -153,21 +150,31 @@ def test_windows_are_stretches_of_the_token_stream(tables):
 
 
 def test_a_stage_without_images_gets_no_patches(loader):
-    rows, _ = loader.plan(Cursor(), 4)
+    rows, _ = loader.plan.rows(Cursor(), 4)
     full, bare = loader.batch(rows), loader.batch(rows, with_images=False)
     assert np.array_equal(full.tokens_T, bare.tokens_T)
     assert len(full.patches_IND)
     assert not len(bare.patches_IND)
 
 
+def test_a_stage_in_the_middle_gets_bounds_and_reads_no_shard(tables, loader):
+    rows, _ = loader.plan.rows(Cursor(row=BLOCK_ROWS - 2), 4)
+    bare = loader_of(tables)
+    bounds = bare.batch(bare.plan.rows(Cursor(row=BLOCK_ROWS - 2), 4)[0], with_tokens=False)
+    assert np.array_equal(bounds.cu_seqlens, loader.batch(rows).cu_seqlens)
+    assert not len(bounds.tokens_T)
+    assert not any(corpus.reader(0).checked.any() for corpus in bare.corpora)
+    assert any(corpus.reader(0).checked.any() for corpus in loader.corpora)
+
+
 def test_augmented_images_differ_by_sample_and_not_by_rank(tables):
     plain = loader_of(tables, sources=[{"kind": "easy_vqa", "augment": True}])
     same = loader_of(tables, sources=[{"kind": "easy_vqa"}])
-    rows, _ = plain.plan(Cursor(), 4)
-    varied, original = plain.batch(rows), same.batch(same.plan(Cursor(), 4)[0])
+    rows, _ = plain.plan.rows(Cursor(), 4)
+    varied, original = plain.batch(rows), same.batch(same.plan.rows(Cursor(), 4)[0])
     assert np.array_equal(varied.tokens_T, original.tokens_T)
     assert (varied.patches_IND != original.patches_IND).any((1, 2)).mean() > 0.8
-    (first, _), (second, _) = plain.plan(Cursor(), 2), plain.plan(Cursor(row=2), 2)
+    (first, _), (second, _) = plain.plan.rows(Cursor(), 2), plain.plan.rows(Cursor(row=2), 2)
     halves = np.concatenate([plain.batch(first).patches_IND, plain.batch(second).patches_IND])
     assert np.array_equal(halves, varied.patches_IND)
 
@@ -175,18 +182,18 @@ def test_augmented_images_differ_by_sample_and_not_by_rank(tables):
 def test_weights_are_shares_of_the_positions(tables):
     sources = [{"kind": "easy_vqa", "weight": 3.0}, {"kind": "pydoc", "weight": 1.0}]
     loader = loader_of(tables, sources=sources)
-    rows, _ = loader.plan(Cursor(), 4000)
+    rows, _ = loader.plan.rows(Cursor(), 4000)
     sources = loader.batch(rows, with_images=False).source_ids_T
     assert abs((sources == 0).sum() / (sources >= 0).sum() - 0.75) < 0.03
 
 
 def test_a_schedule_changes_nothing_before_it_holds(tables):
-    later = [{"from_positions": 1024 * 128 * 2, "weights": {"easy_vqa": 0.0}}]
+    later = [{"from_positions": BLOCK_ROWS * 128 * 2, "weights": {"easy_vqa": 0.0}}]
     before, changed = loader_of(tables), loader_of(tables, schedule=later)
     for number in (0, 1):
-        assert np.array_equal(before.block(number).document, changed.block(number).document)
-    assert set(before.block(2).source) == {0, 1}
-    assert set(changed.block(2).source) == {1}
+        assert np.array_equal(before.plan.block(number).document, changed.plan.block(number).document)
+    assert set(before.plan.block(2).source) == {0, 1}
+    assert set(changed.plan.block(2).source) == {1}
 
 
 def test_an_image_longer_than_a_row_is_refused(tables):
@@ -197,7 +204,7 @@ def test_an_image_longer_than_a_row_is_refused(tables):
 def test_a_document_with_images_longer_than_a_row_is_cut_between_them(tables):
     """Questions of 25 positions in rows of 20: their image stays whole."""
     loader = loader_of(tables, seq_length=20, sources=[{"kind": "easy_vqa"}])
-    rows, _ = loader.plan(Cursor(), 500)
+    rows, _ = loader.plan.rows(Cursor(), 500)
     batch = loader.batch(rows)
     assert (batch.tokens_T == loader.tokenizer.image).sum() == 16 * len(batch.image_starts_I)
     assert len(batch.patches_IND) == len(batch.image_starts_I) > 200

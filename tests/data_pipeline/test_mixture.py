@@ -30,10 +30,12 @@ def test_every_epoch_of_a_source_takes_each_document_once(mixture, blocks):
     drawn = [mixture.block(block) for block in range(blocks)]
     source, document = (np.concatenate(column) for column in zip(*drawn, strict=True))
     assert np.array_equal(np.bincount(source, minlength=len(mixture.orders)), mixture.drawn(blocks))
-    # Within a block the order is another one, so an epoch is compared as a set, up to the block it ends in.
     for s, order in enumerate(mixture.orders):
-        counts = np.bincount(document[source == s], minlength=order.size)
+        mine = document[source == s]
+        counts = np.bincount(mine, minlength=order.size)
         assert counts.max() - counts.min() <= 1
+        epochs, places = np.divmod(np.arange(len(mine)), order.size)
+        assert np.array_equal(mine, order.documents(places, epochs)), "in its own order"
 
 
 @given(mixtures(), st.integers(0, 10**6), st.integers(0, 1000))

@@ -92,7 +92,7 @@ def test_where_tells_steps_from_documents_and_back(job, armillary, tmp_path, mon
     run.event("launch", from_step=0)
     where, cursor = Where(run), Cursor()
     for step in range(1, 41):
-        _, cursor = where.loader.plan(cursor, 100)
+        _, cursor = where.loader.plan.rows(cursor, 100)
         run.event("step", step=step, cursor=cursor.model_dump())
     where = Where(run)
     seen = {step: where.step(step) for step in (1, 2, 17, 40)}

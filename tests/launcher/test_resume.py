@@ -3,7 +3,7 @@
 import pytest
 
 from armillary.data_pipeline.cursor import Cursor
-from armillary.data_pipeline.loader import BLOCK_ROWS
+from armillary.data_pipeline.plan import BLOCK_ROWS
 from armillary.data_pipeline.shards import read_manifest
 from armillary.errors import JobError
 from armillary.launcher.job import resolve

@@ -14,9 +14,9 @@ from armillary.model.config import ModelConfig
 from armillary.model.coordinates import initialize, placements
 from armillary.model.generation import generate
 from armillary.model.multimodal import MultimodalModel, token_losses
+from armillary.training.delivery import DeviceBatch
 from armillary.training.layout import Layout
 from armillary.training.process_group import Rank, join
-from armillary.training.step import to_inputs
 from tests.data_pipeline.plain import batch_of
 from tests.reference import Reference
 
@@ -87,7 +87,7 @@ def packed(documents, seq_length=None):
 
 
 def inputs_of(batch):
-    return to_inputs(batch, CPU)
+    return DeviceBatch.of(batch, CPU).inputs
 
 
 def summed_loss(model, batch):

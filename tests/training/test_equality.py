@@ -92,7 +92,7 @@ def reference(tables):
     )
     loader, cursor, records = Loader(job.data, job.image_shape), Cursor(), []
     for step in range(STEPS):
-        rows, cursor = loader.plan(cursor, job.training.global_batch)
+        rows, cursor = loader.plan.rows(cursor, job.training.global_batch)
         batch = loader.batch(rows)
         by_source = source_losses(model, batch, [source.name for source in job.data.sources])
         loss = model.loss(batch, batch.loss_mask_T.sum())

@@ -1,0 +1,156 @@
+"""From a cursor to rows: which documents a block of the global order has, and which pieces of them make up its rows.
+
+The plan is the same on every rank. It reads indexes alone, but for documents with images that are longer than a row.
+"""
+
+import functools
+from dataclasses import astuple, dataclass, fields
+
+import numpy as np
+
+from armillary.data_pipeline import pack
+from armillary.data_pipeline.config import DataConfig
+from armillary.data_pipeline.corpus import Corpus, Entries, groups
+from armillary.data_pipeline.cursor import Cursor
+from armillary.data_pipeline.images import ImageShape
+from armillary.data_pipeline.mixture import Mixture, Stage
+from armillary.data_pipeline.order import Order
+from armillary.data_pipeline.shards import Columns
+from armillary.data_pipeline.shuffle import key_of
+from armillary.data_pipeline.windows import Windows
+
+BLOCK_ROWS = 4096  # a block draws documents for about so many rows, and is packed by itself
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of the global order, packed: what its documents are, and which pieces of them make up its rows."""
+
+    number: int
+    source: np.ndarray  # int64 [documents]
+    document: np.ndarray  # int64 [documents]: number in its source
+    entries: Entries
+    packed: pack.Packed
+
+    def batch_of(self, document: int) -> tuple[int, int, int]:
+        """(source, shard, batch) that hold one of its documents."""
+        return int(self.source[document]), int(self.entries.shard[document]), int(self.entries.batch[document])
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows [first, last) of a block."""
+
+    block: Block
+    first: int
+    last: int
+
+    @property
+    def pieces(self) -> tuple[int, int]:
+        """The first piece of theirs, and the first behind them."""
+        ends = self.block.packed.row_ends
+        return int(ends[self.first - 1]) if self.first else 0, int(ends[self.last - 1])
+
+
+class Planner:
+    """Blocks and rows of a job's data: pure functions of their numbers."""
+
+    def __init__(self, config: DataConfig, corpora: list[Corpus | Windows], shape: ImageShape):
+        self._config, self._corpora, self._shape = config, corpora, shape
+        self.mixture = _mixture(config, corpora, shape)
+        self.block = functools.lru_cache(4)(self._block)
+
+    def rows(self, cursor: Cursor, count: int) -> tuple[list[Rows], Cursor]:
+        """The `count` rows from `cursor` on, and the cursor after them."""
+        found, block, row = [], cursor.block, cursor.row
+        while count:
+            last = min(row + count, self.block(block).packed.rows)
+            if last > row:
+                found.append(Rows(self.block(block), row, last))
+                count -= last - row
+            row = last
+            if row >= self.block(block).packed.rows:
+                block, row = block + 1, 0
+        return found, Cursor(block=block, row=row)
+
+    def _block(self, number: int) -> Block:
+        source, document = self.mixture.block(number)
+        entries = self._look_up(source, document)
+        lengths = entries.tokens - 1 + entries.images * (self._shape.positions - 1)
+        parts = self._parts(source, entries, lengths)
+        seq_length, max_images = self._config.seq_length, self._config.max_images
+        if self._config.packing == "best_fit":
+            packed = pack.best_fit(parts, seq_length, max_images, key_of(self._config.seed, 3, number))
+        else:
+            packed = pack.greedy(parts, seq_length, max_images)
+        return Block(number, source, document, entries, pack.padded(packed, seq_length))
+
+    def _look_up(self, source: np.ndarray, document: np.ndarray) -> Entries:
+        entries = Entries(*(np.empty(len(source), np.int64) for _ in fields(Entries)))
+        for s, which in groups(source):
+            found = self._corpora[s].look_up(document[which])
+            for field in fields(Entries):
+                getattr(entries, field.name)[which] = getattr(found, field.name)
+        return entries
+
+    def _parts(self, source: np.ndarray, entries: Entries, lengths: np.ndarray) -> pack.Parts:
+        """The block's documents; those with images that do not fit in a row are cut between images."""
+        filled = np.flatnonzero(lengths > 0)
+        parts = pack.Parts(filled, np.zeros(len(filled), np.int64), lengths[filled], entries.images[filled])
+        long = (parts.images > 0) & (
+            (parts.length > self._config.seq_length) | (parts.images > self._config.max_images)
+        )
+        if not long.any():
+            return parts
+        cut = []
+        for part in zip(*(column.tolist() for column in (*astuple(parts), long)), strict=True):
+            document, start, length, images, too_long = part
+            if too_long:
+                source_of, shard, batch = (
+                    int(source[document]),
+                    int(entries.shard[document]),
+                    int(entries.batch[document]),
+                )
+                columns = self._corpora[source_of].columns(shard, batch)
+                cut += self._cut_document(columns, int(entries.row[document]), document, length, images)
+            else:
+                cut.append((document, start, length, images))
+        return pack.Parts(*(np.array(column, np.int64) for column in zip(*cut, strict=True)))
+
+    def _cut_document(
+        self, columns: Columns, row: int, document: int, length: int, images: int
+    ) -> list[tuple[int, int, int, int]]:
+        width, config = self._shape.positions, self._config
+        begin = int(columns.image_offsets[row])
+        starts = columns.image_at[begin : begin + images].astype(np.int64) + np.arange(images) * (width - 1)
+        cuts = pack.cut_between_images(length, starts.tolist(), width, config.seq_length, config.max_images)
+        held = np.diff([*np.searchsorted(starts, cuts), images])
+        sizes = np.diff([*cuts, length])
+        return list(zip([document] * len(cuts), cuts, sizes.tolist(), held.tolist(), strict=True))
+
+
+def _mixture(config: DataConfig, corpora: list[Corpus | Windows], shape: ImageShape) -> Mixture:
+    """Weights are shares of the positions, so a source of long documents is drawn from less often."""
+    positions = [(c.tokens - c.documents + c.images * (shape.positions - 1)) / c.documents for c in corpora]
+    per_block = BLOCK_ROWS * config.seq_length
+    stages = []
+    for start, weights in config.stages():
+        rates = [w / sum(weights) * per_block / max(mean, 1) for w, mean in zip(weights, positions, strict=True)]
+        stages.append(Stage(-(-start // per_block), tuple(rates)))
+    orders = [
+        Order(corpus.shard_sizes, int(key_of(config.seed, 1, number)), config.shuffle_shards)
+        for number, corpus in enumerate(corpora)
+    ]
+    return Mixture(tuple(orders), tuple(stages), config.seed)
+
+
+def cut(rows: list[Rows], start: int, count: int) -> list[Rows]:
+    """Rows [start, start + count) of all `rows` together."""
+    found, before = [], 0
+    for part in rows:
+        size = part.last - part.first
+        low, high = max(start - before, 0), min(start + count - before, size)
+        if low < high:
+            found.append(Rows(part.block, part.first + low, part.first + high))
+        before += size
+    return found
