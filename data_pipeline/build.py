@@ -18,6 +18,7 @@ import xxhash
 from armillary.data_pipeline.config import DataConfig
 from armillary.data_pipeline.dedup import copies
 from armillary.data_pipeline.encode import Encode, PartReport, Scan, encode_part, kept_documents, scan_part
+from armillary.data_pipeline.folder import is_url, open_folder
 from armillary.data_pipeline.shards import (
     FORMAT,
     MANIFEST,
@@ -54,6 +55,12 @@ def build(
     earlier one untouched, and what it did is taken up by the next build of the same keys and files. Raises
     DataError where the target exists (unless `force`) or a source is bad.
     """
+    if is_url(config.path):
+        raise DataError(
+            "shards are built on this machine",
+            config.path,
+            "build them with data.path=FOLDER, then copy that folder there",
+        )
     target = Path(config.path)
     if target.exists() and not target.is_dir():
         raise DataError("there is a file where the shards should be", target, "choose another data.path")
@@ -90,16 +97,16 @@ def build(
 
 def ensure_built(config: DataConfig, progress: Progress = lambda source, done, parts: None) -> Manifest:
     """The manifest of the shards that `config` asks for; they are built where there are none."""
-    target = Path(config.path)
-    if not target.exists():
+    folder = open_folder(config.path, config.cache, config.cache_bytes)
+    if not is_url(config.path) and not Path(config.path).exists():
         build(config, progress)
-    manifest = read_manifest(target)
+    manifest = read_manifest(folder)
     wanted = json.loads(json.dumps(built_from(config)))
     if manifest.built_from != wanted:
         changed = [key for key, value in wanted.items() if manifest.built_from.get(key) != value]
         raise DataError(
             f"the shards were built with another {' and '.join('data.' + key for key in changed)}",
-            target,
+            config.path,
             "run `armillary data build JOB.toml --force`, or choose another data.path",
         )
     return manifest

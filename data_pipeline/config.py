@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from armillary.data_pipeline.folder import CACHE_BYTES
 from armillary.table import Table
 
 
@@ -46,7 +47,9 @@ class StageConfig(Table):
 class DataConfig(Table):
     """Where documents come from and how they become sequences."""
 
-    path: str = Field("data/shards", description="folder of the Arrow shards; built on first use")
+    path: str = Field(
+        "data/shards", description="folder of the Arrow shards, built on first use; or its URL (s3://bucket/folder)"
+    )
     sources: tuple[SourceConfig, ...] = Field(
         (SourceConfig(kind="easy_vqa"),), description="sources mixed by weight; each name once"
     )
@@ -62,6 +65,10 @@ class DataConfig(Table):
     vocab_size: int = Field(512, ge=260, description="entries of the BPE that is trained, special tokens included")
     shard_bytes: int = Field(128 << 20, ge=1, description="bytes of one shard file, about")
     compression: Literal["none", "zstd"] = Field("none", description="of shards: none is fastest, zstd smallest")
+    cache: str = Field(
+        "", description="folder for copies of shards that `path` has at a URL; empty: ~/.cache/armillary/shards"
+    )
+    cache_bytes: int = Field(CACHE_BYTES, ge=1, description="bytes that the cache holds at most")
     seq_length: int = Field(512, ge=8, description="positions in one packed row")
     max_images: int = Field(256, ge=1, description="images in one packed row at most")
     packing: Literal["greedy", "best_fit", "windows"] = Field(

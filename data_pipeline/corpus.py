@@ -3,24 +3,24 @@
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
+from armillary.data_pipeline.folder import Folder
 from armillary.data_pipeline.shards import Columns, Manifest, ShardReader, schema_of
 from armillary.data_pipeline.tokenizer import Tokenizer
 
-OPEN = 4096  # shards, and batches, that are held open: views of mapped files, a few kilobytes each
+OPEN = 1024  # shards that are held open: views of mapped files, a few kilobytes for each batch
 OPEN_COMPRESSED = 256  # batches that are held unpacked: about 4 MiB each
 
 
 class Corpus:
     """A source's shards. What is held in memory grows with their number, not with that of the documents.
 
-    `reader(shard)` and `columns(shard, batch)` open what they are asked for, and keep the last ones open.
+    `reader(shard)` and `columns(shard, batch)` open what they are asked for, and keep the last `open_shards` open.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, source: str, tokenizer: Tokenizer):
+    def __init__(self, folder: Folder, manifest: Manifest, source: str, tokenizer: Tokenizer, open_shards: int = OPEN):
         self._folder, self._shards = folder, manifest.sources[source]
         self._schema = schema_of(tokenizer.size)
         self.shard_sizes = tuple(shard.documents for shard in self._shards)
@@ -29,11 +29,28 @@ class Corpus:
         self.tokens = sum(shard.tokens for shard in self._shards)
         self.images = sum(shard.images for shard in self._shards)
         self.compressed = manifest.built_from.get("compression", "none") != "none"
-        self.reader = functools.lru_cache(OPEN)(self._reader)
-        self.columns = functools.lru_cache(OPEN_COMPRESSED if self.compressed else OPEN)(self._columns)
+        self.reader = functools.lru_cache(open_shards)(self._reader)
+        self.columns = functools.lru_cache(OPEN_COMPRESSED)(self._unpack) if self.compressed else self._view
 
-    def _columns(self, shard: int, batch: int) -> Columns:
+    def _unpack(self, shard: int, batch: int) -> Columns:
         return self.reader(shard).columns(batch)
+
+    def _view(self, shard: int, batch: int) -> Columns:
+        """Views of a shard's file go with its reader."""
+        reader = self.reader(shard)
+        if batch not in reader.views:
+            reader.views[batch] = reader.columns(batch)
+        return reader.views[batch]
+
+    def shards_of(self, documents: np.ndarray) -> np.ndarray:
+        """The shards that hold `documents` (int64 [n]), each once."""
+        return np.unique(np.searchsorted(self._ends, documents, side="right"))
+
+    def fetch(self, shard: int) -> None:
+        """Have a shard's files on this machine."""
+        entry = self._shards[shard]
+        self._folder.fetch(entry.index_file, entry.index_bytes, entry.index_xxh3)
+        self._folder.fetch(entry.file, entry.bytes, entry.xxh3)
 
     def look_up(self, documents: np.ndarray) -> "Entries":
         """What the indexes say of `documents` (int64 [n]); no batch is read."""

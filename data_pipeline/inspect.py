@@ -1,12 +1,12 @@
 """Looking at shards: what they hold in figures, a few documents, and a sheet of pictures with their captions."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from armillary.data_pipeline.corpus import Corpus
+from armillary.data_pipeline.folder import Folder
 from armillary.data_pipeline.images import decode
 from armillary.data_pipeline.shards import Columns, Manifest
 from armillary.data_pipeline.shuffle import key_of, permute
@@ -17,7 +17,7 @@ SAMPLED = 100_000  # documents whose lengths the quantiles are taken from
 TILE, CAPTION, COLUMNS = 160, 44, 6  # pixels of a picture and of the text below it; pictures side by side
 
 
-def statistics(folder: Path, manifest: Manifest) -> dict[str, dict]:
+def statistics(folder: Folder, manifest: Manifest) -> dict[str, dict]:
     """Counts of each source, what was dropped, and quantiles of its documents' tokens."""
     tokenizer, found = Tokenizer.from_json(manifest.tokenizer), {}
     for source, report in manifest.reports.items():
@@ -31,7 +31,7 @@ def statistics(folder: Path, manifest: Manifest) -> dict[str, dict]:
     return found
 
 
-def samples(folder: Path, manifest: Manifest, source: str, count: int, seed: int = 0) -> list[dict]:
+def samples(folder: Folder, manifest: Manifest, source: str, count: int, seed: int = 0) -> list[dict]:
     """`count` documents of a source, drawn by `seed`: name, number, tokens, text and images (files' bytes)."""
     tokenizer = Tokenizer.from_json(manifest.tokenizer)
     corpus = Corpus(folder, manifest, source, tokenizer)

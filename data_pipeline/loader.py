@@ -4,14 +4,14 @@ import functools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from armillary.data_pipeline.batch import Laid, PackedBatch, Pieces, Stretches, assemble, blank
 from armillary.data_pipeline.config import DataConfig
-from armillary.data_pipeline.corpus import Corpus, groups
+from armillary.data_pipeline.corpus import OPEN, Corpus, groups
 from armillary.data_pipeline.cursor import Cursor
+from armillary.data_pipeline.folder import Folder, is_url, open_folder
 from armillary.data_pipeline.images import ImageShape
 from armillary.data_pipeline.plan import Planner, Rows, cut
 from armillary.data_pipeline.shards import Columns, Manifest, read_manifest, schema_of
@@ -19,6 +19,9 @@ from armillary.data_pipeline.shuffle import key_of, mix
 from armillary.data_pipeline.tokenizer import Tokenizer
 from armillary.data_pipeline.windows import Windows
 from armillary.errors import DataError
+
+FETCHES = 8  # files that are fetched at once
+IN_USE = 3  # groups of shards that are shuffled together: a block ends one and begins another, the next is fetched
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Loader:
     """
 
     def __init__(self, config: DataConfig, shape: ImageShape, threads: int = 1):
-        folder = Path(config.path)
+        folder = open_folder(config.path, config.cache, config.cache_bytes)
         manifest = read_manifest(folder)
         self.tokenizer = Tokenizer.from_json(manifest.tokenizer)
         self._config, self._shape = config, shape
@@ -61,14 +64,19 @@ class Loader:
                 "data.seq_length",
                 f"set it to at least {shape.positions}, or take larger patches (model.patch_size)",
             )
+        self._remote = is_url(config.path)
+        if self._remote:
+            _check_cache(config, manifest)
+            self._ahead = ThreadPoolExecutor(1, "ahead")
         self.corpora = [self._corpus(folder, manifest, source.name) for source in config.sources]
         self.plan = Planner(config, self.corpora, shape)
         self._augment = np.array([source.augment for source in config.sources])
         self._pool = ThreadPoolExecutor(threads, "decode") if threads > 1 else None
         self._located = functools.lru_cache(4)(self._locate)
 
-    def _corpus(self, folder: Path, manifest: Manifest, source: str) -> Corpus | Windows:
-        corpus = Corpus(folder, manifest, source, self.tokenizer)
+    def _corpus(self, folder: Folder, manifest: Manifest, source: str) -> Corpus | Windows:
+        open_shards = IN_USE * self._config.shuffle_shards or OPEN
+        corpus = Corpus(folder, manifest, source, self.tokenizer, open_shards)
         if self._config.packing == "windows":
             return Windows(corpus, source, manifest.sources[source], self._config.seq_length)
         return corpus
@@ -98,7 +106,12 @@ class Loader:
         Rank `rank` of `ranks` (data parallel) gets rows [rank * rows / ranks, ...) in micro-batches.
         """
         starts = range(rank * rows // ranks, (rank + 1) * rows // ranks, micro_batch)
+        fetched = cursor.block - 1
         while True:
+            if self._remote and with_tokens and cursor.block > fetched:
+                fetched = cursor.block
+                self._fetch(fetched)
+                self._ahead.submit(self._fetch, fetched + 1)
             planned, cursor = self.plan.rows(cursor, rows)
             micro_batches = [self.batch(cut(planned, start, micro_batch), with_tokens, with_images) for start in starts]
             yield Step(micro_batches, cursor)
@@ -117,6 +130,15 @@ class Loader:
             patches_IND=np.empty((0, shape.patches, shape.patch_dim), np.uint8),
             image_starts_I=np.empty(0, np.int64),
         )
+
+    def _fetch(self, block: int) -> None:
+        """Have the shards of a block on this machine before they are needed. What fails is raised where they are."""
+        source, document = self.plan.mixture.block(block)
+        with ThreadPoolExecutor(FETCHES, "fetch") as pool:
+            for s, which in groups(source):
+                corpus = self.corpora[s]
+                for shard in corpus.shards_of(document[which]).tolist():
+                    pool.submit(corpus.fetch, shard)
 
     def pieces(self, rows: list[Rows]) -> Iterator[Piece]:
         """The pieces of rows in their order, padding left out: for looking at, one by one."""
@@ -184,6 +206,20 @@ class Loader:
         whole = np.array([not isinstance(corpus, Windows) for corpus in self.corpora])
         closes = (of >= 0) & whole[source] & (packed.stop == entries.tokens[of] - 1)
         return _Located(stretches, source, closes, laid, unchecked, variation)
+
+
+def _check_cache(config: DataConfig, manifest: Manifest) -> None:
+    """DataError where the cache cannot hold what is in use at a time: shards would be fetched again and again."""
+    needed = 0
+    for source in config.sources:
+        sizes = sorted((shard.bytes + shard.index_bytes for shard in manifest.sources[source.name]), reverse=True)
+        needed += sum(sizes[: IN_USE * config.shuffle_shards or None])
+    if needed > config.cache_bytes:
+        raise DataError(
+            f"the shards that are in use at a time have {needed:,} bytes, the cache holds {config.cache_bytes:,}",
+            "data.cache_bytes",
+            "raise it, or set data.shuffle_shards lower (0 shuffles all of a source)",
+        )
 
 
 @dataclass(frozen=True)

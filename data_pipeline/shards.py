@@ -10,13 +10,14 @@ import pyarrow as pa
 import xxhash
 from pydantic import ValidationError
 
+from armillary.data_pipeline.folder import Folder, LocalFolder, checksum
 from armillary.errors import DataError
 from armillary.files import write_whole
 from armillary.table import SealedTable, Table
 
 MANIFEST = "manifest.json"
 FORMAT = 3
-REBUILD = "restore the file, or run `armillary data build JOB.toml --force`"
+REBUILD = LocalFolder.remedy
 
 
 class Shard(Table):
@@ -86,15 +87,6 @@ def schema_of(vocab_size: int) -> pa.Schema:
 INDEX_SCHEMA = pa.schema([("tokens", pa.uint32()), ("images", pa.uint32()), ("first", pa.int32())])
 
 
-def checksum(path: Path) -> str:
-    """xxh3-64 of a file, as 16 hex digits."""
-    digest = xxhash.xxh3_64()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 @dataclass(frozen=True)
 class Columns:
     """A batch of documents as numpy views of its Arrow buffers. Document i's tokens are
@@ -149,16 +141,19 @@ class Columns:
 
 
 class ShardReader:
-    """A memory-mapped shard: its documents' sizes at once, its batches when they are asked for."""
+    """A memory-mapped shard: its documents' sizes at once, its batches when they are asked for.
 
-    def __init__(self, folder: Path, shard: Shard, schema: pa.Schema):
-        self._path, self._schema = folder / shard.file, schema
-        index_path = folder / shard.index_file
-        for path, size in ((self._path, shard.bytes), (index_path, shard.index_bytes)):
-            check_size(path, size)
+    DataError where a file is missing or not what the manifest says.
+    """
+
+    def __init__(self, folder: Folder, shard: Shard, schema: pa.Schema):
+        self._folder, self._shard, self._schema = folder, shard, schema
+        index_path = folder.fetch(shard.index_file, shard.index_bytes, shard.index_xxh3)
         if (found := checksum(index_path)) != shard.index_xxh3:
             raise DataError(
-                f"a shard's index is corrupted: checksum {found}, manifest {shard.index_xxh3}", index_path, REBUILD
+                f"a shard's index is corrupted: checksum {found}, manifest {shard.index_xxh3}",
+                folder.at(shard.index_file),
+                folder.remedy,
             )
         reader = pa.ipc.open_file(pa.memory_map(str(index_path)))
         index = reader.get_batch(0)
@@ -168,10 +163,24 @@ class ShardReader:
         self._batches = json.loads(reader.schema.metadata[b"batches"])
         self.batch_ends = np.array([batch["documents"] for batch in self._batches], np.int64)
         self.batch_begins = np.concatenate([[0], self.batch_ends[:-1]])
-        self._file = pa.memory_map(str(self._path)).read_buffer()
-        self.bytes = memoryview(self._file)
         self.tokens_at = np.array([batch["tokens_at"] for batch in self._batches], np.int64)
         self.checked = np.zeros(len(self._batches), bool)  # batches whose checksum was found right
+        self.views: dict[int, Columns] = {}
+
+    @functools.cached_property
+    def mixed(self) -> bool:
+        """Whether some document has images, roles or a weight."""
+        return bool((self.first < 0).any())
+
+    @functools.cached_property
+    def bytes(self) -> memoryview:
+        """The shard's file. It is fetched when it is first asked for."""
+        return memoryview(self._file)
+
+    @functools.cached_property
+    def _file(self) -> pa.Buffer:
+        shard = self._shard
+        return pa.memory_map(str(self._folder.fetch(shard.file, shard.bytes, shard.xxh3))).read_buffer()
 
     def columns(self, number: int) -> Columns:
         """Batch `number`; DataError where its bytes are not those that were written (checked once)."""
@@ -186,7 +195,9 @@ class ShardReader:
         found = xxhash.xxh3_64_hexdigest(self._message(number))
         if found != (wanted := self._batches[number]["xxh3"]):
             raise DataError(
-                f"batch {number} of a shard is corrupted: checksum {found}, index {wanted}", self._path, REBUILD
+                f"batch {number} of a shard is corrupted: checksum {found}, index {wanted}",
+                self._folder.at(self._shard.file),
+                self._folder.remedy,
             )
         self.checked[number] = True
 
@@ -195,31 +206,21 @@ class ShardReader:
         return self._file.slice(batch["start"], batch["stop"] - batch["start"])
 
 
-def check_size(path: Path, size: int) -> None:
-    """DataError unless a file of `size` bytes is there."""
-    try:
-        found = path.stat().st_size
-    except FileNotFoundError:
-        raise DataError("a shard's file is missing", path, REBUILD) from None
-    if found != size:
-        raise DataError(f"a shard's file has {found} bytes where the manifest says {size}", path, REBUILD)
-
-
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest of a folder of shards, synced to disk."""
     write_whole(folder / MANIFEST, manifest.model_dump_json(indent=1))
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Folder) -> Manifest:
     """The manifest of a folder of shards; DataError where there is none or it is damaged."""
-    path = folder / MANIFEST
+    path = folder.at(MANIFEST)
     try:
-        tables = json.loads(path.read_text())
+        tables = json.loads(folder.read_text(MANIFEST))
         if isinstance(tables, dict) and tables.get("format", FORMAT) != FORMAT:
             raise DataError(f"the shards are of format {tables['format']}, this version reads {FORMAT}", path, REBUILD)
         manifest = Manifest.model_validate(tables)
-    except (FileNotFoundError, NotADirectoryError):
-        raise DataError("there are no shards here", folder, "run `armillary data build JOB.toml`") from None
+    except FileNotFoundError:
+        raise DataError("there are no shards here", folder.at(""), "run `armillary data build JOB.toml`") from None
     except (ValidationError, ValueError) as error:
         raise DataError(f"the manifest cannot be read: {str(error).splitlines()[0]}", path, REBUILD) from None
     if not manifest.intact:

@@ -13,7 +13,8 @@ import xxhash
 
 from armillary.data_pipeline.corpus import Corpus
 from armillary.data_pipeline.document import Document
-from armillary.data_pipeline.shards import REBUILD, Manifest, SubstringFile, check_size, checksum
+from armillary.data_pipeline.folder import Folder, checksum
+from armillary.data_pipeline.shards import Manifest, SubstringFile
 from armillary.data_pipeline.tokenizer import Tokenizer
 from armillary.errors import DataError, JobError
 
@@ -53,9 +54,11 @@ class SubstringWriter:
 class SubstringIndex:
     """The indexes of a data set that was built with `data.substrings = true`; DataError where there are none."""
 
-    def __init__(self, folder: Path, manifest: Manifest):
+    def __init__(self, folder: Folder, manifest: Manifest):
         if not any(manifest.substrings.values()):
-            raise DataError("the shards have no index of substrings", folder, "build them with data.substrings=true")
+            raise DataError(
+                "the shards have no index of substrings", folder.at(""), "build them with data.substrings=true"
+            )
         self._tokenizer = Tokenizer.from_json(manifest.tokenizer)
         self._corpora = {source: Corpus(folder, manifest, source, self._tokenizer) for source in manifest.sources}
         self._files = []
@@ -90,10 +93,13 @@ class SubstringIndex:
         return self._tokenizer.decode(columns.tokens[columns.offsets[row] : columns.offsets[row + 1]].tolist())
 
 
-def _opened(folder: Path, file: SubstringFile) -> tuple[np.ndarray, np.ndarray]:
-    path = folder / file.file
-    check_size(path, file.bytes)
+def _opened(folder: Folder, file: SubstringFile) -> tuple[np.ndarray, np.ndarray]:
+    path = folder.fetch(file.file, file.bytes, file.xxh3)
     if (found := checksum(path)) != file.xxh3:
-        raise DataError(f"an index of substrings is corrupted: checksum {found}, manifest {file.xxh3}", path, REBUILD)
+        raise DataError(
+            f"an index of substrings is corrupted: checksum {found}, manifest {file.xxh3}",
+            folder.at(file.file),
+            folder.remedy,
+        )
     batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
     return batch.column(0).to_numpy(), batch.column(1).to_numpy()

@@ -1,42 +1,49 @@
 """Checking shards against their manifest."""
 
 from collections.abc import Callable
-from pathlib import Path
 
-from armillary.data_pipeline.shards import Manifest, ShardReader, check_size, checksum, schema_of
+from armillary.data_pipeline.folder import Folder, checksum
+from armillary.data_pipeline.shards import Manifest, ShardReader, schema_of
 from armillary.data_pipeline.tokenizer import Tokenizer
 from armillary.errors import DataError
 
 Progress = Callable[[int, int], None]
 
 
-def check_files(folder: Path, manifest: Manifest) -> None:
+def check_files(folder: Folder, manifest: Manifest) -> None:
     """DataError unless every shard and index is there with its size; their bytes are not read."""
     for shards in manifest.sources.values():
         for shard in shards:
-            check_size(folder / shard.file, shard.bytes)
-            check_size(folder / shard.index_file, shard.index_bytes)
+            folder.check_size(shard.file, shard.bytes)
+            folder.check_size(shard.index_file, shard.index_bytes)
 
 
-def verify(folder: Path, manifest: Manifest, progress: Progress = lambda done, total: None) -> list[DataError]:
+def verify(folder: Folder, manifest: Manifest, progress: Progress = lambda done, total: None) -> list[DataError]:
     """Read every byte; what is wrong, each with its file and, where it can be told, its batch. Empty: nothing is.
 
     progress(bytes read, bytes in all) is called after each shard.
     """
     found: list[DataError] = []
-    schema = schema_of(Tokenizer.from_json(manifest.tokenizer).size)
+    tokenizer = Tokenizer.from_json(manifest.tokenizer)
+    schema = schema_of(tokenizer.size)
     shards = [shard for shards in manifest.sources.values() for shard in shards]
     done, total = 0, sum(shard.bytes + shard.index_bytes for shard in shards)
     for shard in shards:
         try:
             reader = ShardReader(folder, shard, schema)
             for number in range(len(reader.batch_ends)):
-                reader.columns(number)
-            if (digest := checksum(folder / shard.file)) != shard.xxh3:
+                columns = reader.columns(number)
+                if (columns.tokens[columns.offsets[1:] - 1] != tokenizer.end).any():
+                    raise DataError(
+                        f"a document in batch {number} of a shard does not end with the end token",
+                        folder.at(shard.file),
+                        folder.remedy,
+                    )
+            if (digest := checksum(folder.fetch(shard.file, shard.bytes, shard.xxh3))) != shard.xxh3:
                 raise DataError(
                     f"a shard is corrupted outside its batches: checksum {digest}, manifest {shard.xxh3}",
-                    folder / shard.file,
-                    "restore the file, or run `armillary data build JOB.toml --force`",
+                    folder.at(shard.file),
+                    folder.remedy,
                 )
         except DataError as error:
             found.append(error)

@@ -1,10 +1,8 @@
 """A source's tokens without regard to documents: stretches of its batches' token buffers."""
 
-import functools
-
 import numpy as np
 
-from armillary.data_pipeline.corpus import OPEN, Corpus, Entries
+from armillary.data_pipeline.corpus import Corpus, Entries
 from armillary.data_pipeline.shards import Shard, ShardReader
 from armillary.errors import DataError
 
@@ -31,21 +29,26 @@ class Windows:
         self._shard = np.repeat(np.arange(len(shards)), [len(count) for count in counts])
         self._batch = np.concatenate([np.arange(len(count)) for count in counts])
         self._length, self._corpus, self._source = length, corpus, source
-        self.reader = functools.lru_cache(OPEN)(self._reader)
+        self.fetch = corpus.fetch
         self.shard_sizes = tuple(int(count.sum()) for count in counts)
         self.documents = int(self._ends[-1])
         if not self.documents:
             raise DataError(f"the source {source} has no window of {length} tokens", "data.seq_length", "make it less")
         self.tokens, self.images = self.documents * (length + 1), 0
 
-    def _reader(self, shard: int) -> ShardReader:
+    def reader(self, shard: int) -> ShardReader:
+        """As that of the corpus."""
         reader = self._corpus.reader(shard)
-        if (reader.first < 0).any():
+        if reader.mixed:
             raise DataError(
                 f"the source {self._source} has roles or weights, of which windows know nothing", "data.packing",
                 "pack greedily",
             )  # fmt: skip
         return reader
+
+    def shards_of(self, windows: np.ndarray) -> np.ndarray:
+        """As that of the corpus."""
+        return np.unique(self._shard[np.searchsorted(self._ends, windows, side="right")])
 
     def look_up(self, windows: np.ndarray) -> Entries:
         """Where `windows` (int64 [n]) are: `first` is where a window begins in its batch, `row` means nothing."""

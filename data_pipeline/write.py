@@ -10,7 +10,8 @@ import pyarrow as pa
 import xxhash
 
 from armillary.data_pipeline.document import Encoded
-from armillary.data_pipeline.shards import INDEX_SCHEMA, Shard, checksum
+from armillary.data_pipeline.folder import checksum
+from armillary.data_pipeline.shards import INDEX_SCHEMA, Shard
 from armillary.files import sync
 
 BATCH_BYTES = 4 << 20  # of tokens and images; a batch is the least that is checked when a part of it is read

@@ -12,7 +12,7 @@ from armillary.errors import DataError, JobError
 from armillary.launcher.arguments import Address, AsJson, JobFile, Overrides, RunPath
 
 app = typer.Typer(help="Make data ready, and look at it.", no_args_is_help=True)
-Shards = Annotated[Path, typer.Argument(metavar="PATH", help="the folder of the shards")]
+Shards = Annotated[str, typer.Argument(metavar="PATH", help="the folder of the shards, or its URL")]
 
 
 @app.command()
@@ -27,13 +27,14 @@ def build(
     """Tokenize and encode the job's sources into Arrow shards. A build that was killed goes on where it stopped."""
     from armillary.data_pipeline.build import build as build_shards
     from armillary.data_pipeline.build import ensure_built
+    from armillary.data_pipeline.folder import is_url
     from armillary.data_pipeline.shards import MANIFEST
     from armillary.launcher.job import load_job
     from armillary.launcher.spread import spread
     from armillary.launcher.train import say_built
 
     job, console = load_job(job_file, overrides).with_absolute_paths(), Console(stderr=True)
-    if not force and (Path(job.data.path) / MANIFEST).exists():
+    if not force and (is_url(job.data.path) or (Path(job.data.path) / MANIFEST).exists()):
         manifest = ensure_built(job.data)
         console.print("the shards are there already", highlight=False)
     else:
@@ -58,13 +59,15 @@ def verify(path: Shards, as_json: AsJson = False) -> None:
     """Read every byte of the shards and compare it with their checksums."""
     from rich.progress import Progress
 
+    from armillary.data_pipeline.folder import open_folder
     from armillary.data_pipeline.shards import read_manifest
     from armillary.data_pipeline.verify import verify as verify_shards
 
-    manifest = read_manifest(path)
+    folder = open_folder(path)
+    manifest = read_manifest(folder)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("bytes", total=None)
-        found = verify_shards(path, manifest, lambda done, total: progress.update(task, completed=done, total=total))
+        found = verify_shards(folder, manifest, lambda done, total: progress.update(task, completed=done, total=total))
     shards = sum(map(len, manifest.sources.values()))
     if as_json:
         print(json.dumps({"shards": shards, "damaged": [{"what": e.what, "where": e.where} for e in found]}))
@@ -85,16 +88,18 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """What shards hold: figures, a few documents, a sheet of their pictures."""
+    from armillary.data_pipeline.folder import open_folder
     from armillary.data_pipeline.inspect import contact_sheet, samples, statistics
     from armillary.data_pipeline.shards import read_manifest
 
-    manifest = read_manifest(path)
+    folder = open_folder(path)
+    manifest = read_manifest(folder)
     if source and source not in manifest.sources:
         raise JobError(f"there is no source {source}", path, f"the sources are: {', '.join(manifest.sources)}")
-    figures = {name: one for name, one in statistics(path, manifest).items() if source in ("", name)}
-    shown = {name: samples(path, manifest, name, count, seed) for name in figures}
+    figures = {name: one for name, one in statistics(folder, manifest).items() if source in ("", name)}
+    shown = {name: samples(folder, manifest, name, count, seed) for name in figures}
     if sheet is not None:
-        pictured = [d for name in figures for d in samples(path, manifest, name, max(count, 24), seed)]
+        pictured = [d for name in figures for d in samples(folder, manifest, name, max(count, 24), seed)]
         image = contact_sheet(pictured)
         if image is None:
             raise JobError("there are no pictures to show", path, "leave --sheet out")
@@ -127,10 +132,12 @@ def find(
     as_json: AsJson = False,
 ) -> None:
     """Which documents hold a stretch of text, its spaces and symbols aside. Needs shards with data.substrings=true."""
+    from armillary.data_pipeline.folder import open_folder
     from armillary.data_pipeline.shards import read_manifest
     from armillary.data_pipeline.substrings import SubstringIndex
 
-    found = [f"{source}:{number}" for source, number in SubstringIndex(path, read_manifest(path)).find(text)]
+    folder = open_folder(path)
+    found = [f"{source}:{number}" for source, number in SubstringIndex(folder, read_manifest(folder)).find(text)]
     print(json.dumps({"documents": found}) if as_json else "\n".join(found) or "no document")
 
 

@@ -13,6 +13,7 @@ from typing import Any, Union, get_args, get_origin
 import tomli_w
 from pydantic import BaseModel, Field, ValidationError
 
+from armillary.data_pipeline.folder import is_url
 from armillary.errors import JobError
 from armillary.table import Table
 from armillary.training.config import TrainJob
@@ -46,8 +47,10 @@ class Job(TrainJob):
         """The same job from whatever folder it is resumed, on whatever node its ranks run."""
         tokenizer = os.path.abspath(self.data.tokenizer) if self.data.tokenizer else ""
         sources = [s.model_copy(update={"path": os.path.abspath(s.path)}) if s.path else s for s in self.data.sources]
+        path = self.data.path if is_url(self.data.path) else os.path.abspath(self.data.path)
+        cache = os.path.abspath(self.data.cache) if self.data.cache else ""
         data = self.data.model_copy(
-            update={"path": os.path.abspath(self.data.path), "sources": tuple(sources), "tokenizer": tokenizer}
+            update={"path": path, "cache": cache, "sources": tuple(sources), "tokenizer": tokenizer}
         )
         return self.model_copy(update={"data": data})
 

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from armillary.data_pipeline.build import ensure_built
 from armillary.data_pipeline.cursor import Cursor
+from armillary.data_pipeline.folder import open_folder
 from armillary.data_pipeline.loader import Loader
 from armillary.data_pipeline.plan import BLOCK_ROWS
 from armillary.data_pipeline.shards import read_manifest as read_data_manifest
@@ -22,7 +23,7 @@ from armillary.launcher.run import Run
 from armillary.training.checkpoint.manifest import read_manifest
 
 KEPT_BY_RESUME = ("model", "data")  # a change would make the checkpoint's tensors or cursor mean something else
-FREE = ("data.path", "data.threads")  # of their keys, these may change
+FREE = ("data.path", "data.threads", "data.cache", "data.cache_bytes")  # of their keys, these may change
 
 
 @dataclass
@@ -123,7 +124,8 @@ def _planned(job: Job, cursor: Cursor) -> list:
 def check_readable(job: Job) -> None:
     """Refuse incomplete shards, and held-out questions that cannot be scored, before any rank starts."""
     Loader(job.data, job.image_shape)
-    check_files(Path(job.data.path), read_data_manifest(Path(job.data.path)))
+    folder = open_folder(job.data.path, job.data.cache, job.data.cache_bytes)
+    check_files(folder, read_data_manifest(folder))
     for source in job.data.sources if job.training.evaluate else ():
         if source.kind == "easy_vqa" and not easy_vqa_questions("test", source.path):
             raise DataError("there are no held-out questions", source.path, "add some, or set training.evaluate=false")

@@ -8,6 +8,7 @@ from PIL import Image
 from armillary.data_pipeline.build import build, ensure_built
 from armillary.data_pipeline.config import DataConfig
 from armillary.data_pipeline.cursor import Cursor
+from armillary.data_pipeline.folder import LocalFolder
 from armillary.data_pipeline.images import ImageShape
 from armillary.data_pipeline.loader import Loader
 from armillary.data_pipeline.shards import read_manifest
@@ -37,7 +38,7 @@ def config(tmp_path):
 
 def test_manifest_counts_what_is_there(config):
     manifest = build(config)
-    assert manifest == read_manifest(config_path(config))
+    assert manifest == read_manifest(folder_of(config))
     assert [shard.documents for shard in manifest.sources["easy_vqa"]] == [1, 1, 1, 1]
     assert [shard.images for shard in manifest.sources["easy_vqa"]] == [1, 1, 1, 1]
     assert sorted(p.name for p in config_path(config).iterdir()) == [
@@ -72,7 +73,7 @@ def test_a_failed_rebuild_keeps_the_shards(config, tmp_path):
     (tmp_path / "source" / "train" / "images" / "0.png").write_bytes(b"no image")
     with pytest.raises(DataError):
         build(config, force=True)
-    assert read_manifest(config_path(config)) == before
+    assert read_manifest(folder_of(config)) == before
     Loader(config, SHAPE)
 
 
@@ -104,7 +105,7 @@ def test_every_changed_byte_of_a_shard_is_found_and_none_is_trained_on(config):
     folder, rng = config_path(config), np.random.default_rng(0)
     rows, _ = Loader(config, SHAPE).plan.rows(Cursor(), 20)
     good = Loader(config, SHAPE).batch(rows)
-    assert verify(folder, manifest) == []
+    assert verify(LocalFolder(folder), manifest) == []
     files = [name for shard in manifest.sources["easy_vqa"] for name in (shard.file, shard.index_file)]
     stopped = []
     for number in range(1000):
@@ -114,7 +115,7 @@ def test_every_changed_byte_of_a_shard_is_found_and_none_is_trained_on(config):
         changed = bytes([content[place] ^ (1 << int(rng.integers(8)))])
         cut = number % 10 == 0
         file.write_bytes(content[:place] if cut else content[:place] + changed + content[place + 1 :])
-        assert [error.where for error in verify(folder, manifest)] == [str(file)]
+        assert [error.where for error in verify(LocalFolder(folder), manifest)] == [str(file)]
         try:
             loader = Loader(config, SHAPE)
             batch = loader.batch(loader.plan.rows(Cursor(), 20)[0])
@@ -133,7 +134,7 @@ def test_any_changed_byte_of_the_manifest_is_found_or_harmless(config):
     for place in range(0, len(good), 61):
         path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
         try:
-            assert read_manifest(config_path(config)) == before
+            assert read_manifest(folder_of(config)) == before
         except DataError:
             continue
 
@@ -157,7 +158,11 @@ def test_damaged_shards_are_refused(config, damage):
             shutil.copy(folder / "easy_vqa-00000-00000.arrow", folder.parent / "outside.arrow")
             manifest.write_text(manifest.read_text().replace("easy_vqa-00000-00000.arrow", "../outside.arrow"))
     with pytest.raises(DataError):
-        check_files(folder, read_manifest(folder))
+        check_files(LocalFolder(folder), read_manifest(LocalFolder(folder)))
+
+
+def folder_of(config):
+    return LocalFolder(config_path(config))
 
 
 def config_path(config):

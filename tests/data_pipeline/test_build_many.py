@@ -16,6 +16,7 @@ from armillary.data_pipeline.build import build
 from armillary.data_pipeline.config import DataConfig
 from armillary.data_pipeline.corpus import Corpus
 from armillary.data_pipeline.cursor import Cursor
+from armillary.data_pipeline.folder import LocalFolder
 from armillary.data_pipeline.images import ImageShape
 from armillary.data_pipeline.inspect import samples
 from armillary.data_pipeline.loader import Loader
@@ -53,8 +54,10 @@ def changed(config, **changes):
 
 
 def texts(config):
-    manifest = read_manifest(Path(config.path))
-    return {d["text"] for name in manifest.sources for d in samples(Path(config.path), manifest, name, 1000)}
+    manifest = read_manifest(LocalFolder(Path(config.path)))
+    return {
+        d["text"] for name in manifest.sources for d in samples(LocalFolder(Path(config.path)), manifest, name, 1000)
+    }
 
 
 def test_every_document_of_every_part_is_there_in_any_order_of_work(config, tmp_path):
@@ -63,7 +66,7 @@ def test_every_document_of_every_part_is_there_in_any_order_of_work(config, tmp_
     assert texts(config) == {text(n) for n in range(30)}
     backwards = config.model_copy(update={"path": str(tmp_path / "other")})
     other = build(backwards, each=lambda function, items: map(function, list(items)[::-1]))
-    assert other == read_manifest(Path(config.path))
+    assert other == read_manifest(LocalFolder(Path(config.path)))
 
 
 def test_copies_are_dropped_across_parts(config):
@@ -108,8 +111,8 @@ def test_compressed_shards_hold_the_same(config, tmp_path):
     packed = config.model_copy(update={"compression": "zstd", "path": str(tmp_path / "packed")})
     manifest = build(packed)
     assert texts(packed) == texts(config)
-    assert manifest.reports["jsonl"].bytes < read_manifest(Path(config.path)).reports["jsonl"].bytes
-    assert verify(Path(packed.path), manifest) == []
+    assert manifest.reports["jsonl"].bytes < read_manifest(LocalFolder(Path(config.path))).reports["jsonl"].bytes
+    assert verify(LocalFolder(Path(packed.path)), manifest) == []
 
 
 def test_a_tokenizer_from_a_file(config, tmp_path):
@@ -129,11 +132,11 @@ def test_shards_of_another_tokenizer_or_of_a_newer_format_are_refused(config):
     manifest, folder = build(config), Path(config.path)
     write_manifest(folder, manifest.model_copy(update={"tokenizer": manifest.tokenizer + " "}).sealed())
     with pytest.raises(DataError, match="not the one that the shards were built with"):
-        read_manifest(folder)
+        read_manifest(LocalFolder(folder))
     newer = json.loads(manifest.model_dump_json()) | {"format": 4, "what": "is new"}
     (folder / MANIFEST).write_text(json.dumps(newer))
     with pytest.raises(DataError, match="of format 4, this version reads 3"):
-        read_manifest(folder)
+        read_manifest(LocalFolder(folder))
 
 
 def test_one_build_at_a_time(config):
@@ -225,7 +228,7 @@ def test_images_and_texts_of_several_sources(tmp_path, config):
     both = DataConfig.model_validate(config.model_dump() | {"sources": [*config.model_dump()["sources"], pictures]})
     manifest = build(both)
     assert manifest.reports["pictures"].images == 5
-    corpus = Corpus(Path(both.path), manifest, "pictures", Tokenizer.from_json(manifest.tokenizer))
+    corpus = Corpus(LocalFolder(Path(both.path)), manifest, "pictures", Tokenizer.from_json(manifest.tokenizer))
     assert (corpus.documents, corpus.images) == (5, 5)
 
 

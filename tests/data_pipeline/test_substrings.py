@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from armillary.data_pipeline.build import build
 from armillary.data_pipeline.config import DataConfig
+from armillary.data_pipeline.folder import LocalFolder
 from armillary.data_pipeline.substrings import EVERY, RUN, STRETCH, SubstringIndex, normalise
 from armillary.errors import DataError, JobError
 from tests.data_pipeline.test_sources import lines
@@ -32,7 +33,7 @@ def config(tmp_path_factory, texts):
 
 @pytest.fixture(scope="module")
 def index(config):
-    return SubstringIndex(Path(config.path), build(config))
+    return SubstringIndex(LocalFolder(Path(config.path)), build(config))
 
 
 def test_any_fifty_characters_hold_one_hashed_run_whole():
@@ -68,6 +69,6 @@ def test_a_damaged_or_missing_index_is_refused(config, index):
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     with pytest.raises(DataError, match="corrupted"):
-        SubstringIndex(folder, manifest)
+        SubstringIndex(LocalFolder(folder), manifest)
     with pytest.raises(DataError, match=r"data\.substrings=true"):
-        SubstringIndex(folder, manifest.model_copy(update={"substrings": {}}))
+        SubstringIndex(LocalFolder(folder), manifest.model_copy(update={"substrings": {}}))

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from armillary.data_pipeline.cursor import Cursor
+from armillary.data_pipeline.folder import LocalFolder
 from armillary.launcher.job import load_job
 from armillary.launcher.run import Run
 from armillary.launcher.where import Where
@@ -88,7 +89,7 @@ def test_where_tells_steps_from_documents_and_back(job, armillary, tmp_path, mon
     loaded = load_job(job).with_absolute_paths()
     from armillary.data_pipeline.shards import read_manifest
 
-    run = Run.create(tmp_path / "run", loaded, read_manifest(tmp_path / "shards"))
+    run = Run.create(tmp_path / "run", loaded, read_manifest(LocalFolder(tmp_path / "shards")))
     run.event("launch", from_step=0)
     where, cursor = Where(run), Cursor()
     for step in range(1, 41):

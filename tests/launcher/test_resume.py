@@ -3,6 +3,7 @@
 import pytest
 
 from armillary.data_pipeline.cursor import Cursor
+from armillary.data_pipeline.folder import LocalFolder
 from armillary.data_pipeline.plan import BLOCK_ROWS
 from armillary.data_pipeline.shards import read_manifest
 from armillary.errors import JobError
@@ -17,7 +18,7 @@ BLOCK = BLOCK_ROWS * 128  # positions of a block of the tiny job
 @pytest.fixture
 def run(tables, shards, tmp_path):
     """A run whose checkpoint stands in the third block."""
-    run = Run.create(tmp_path / "run", resolve(tables, "test"), read_manifest(shards))
+    run = Run.create(tmp_path / "run", resolve(tables, "test"), read_manifest(LocalFolder(shards)))
     state = State(
         step=5, cursor=Cursor(block=2, row=7), tokens=1, loss=1.0, run="run", job_hash="", job={}, saved_at=0.0
     )

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from armillary.data_pipeline.folder import LocalFolder
 from armillary.data_pipeline.shards import read_manifest, write_manifest
 from armillary.data_pipeline.sources.easy_vqa import easy_vqa_questions
 from armillary.launcher.run import Run
@@ -340,6 +341,6 @@ def test_other_shards_are_not_trained_on(interrupted, armillary, tmp_path, table
     run = Run(interrupted["run"].path)
     shards = tmp_path / "copy"
     shutil.copytree(tables["data"]["path"], shards)
-    manifest = read_manifest(shards)
+    manifest = read_manifest(LocalFolder(shards))
     write_manifest(shards, manifest.model_copy(update={"arrow_schema": "another"}).sealed())
     refused(armillary("resume", run.path, f'data.path="{shards}"'), "not the shards")

@@ -62,5 +62,5 @@ def test_a_damaged_batch_stops_the_step_that_needs_it(job, shards, tmp_path):
         path.write_bytes(content)
     elsewhere = job.model_copy(update={"data": job.data.model_copy(update={"path": str(copy)})})
     delivery = Delivery(elsewhere, Cursor(), 0, CPU)
-    with pytest.raises(DataError, match="batch 0 of a shard is corrupted"):
+    with pytest.raises(DataError, match=r"batch \d+ of a shard is corrupted"):
         next(delivery)
