@@ -1,0 +1,260 @@
+"""Shards at a URL: moto's S3 over real HTTP, through a proxy that misbehaves when it is told to."""
+
+import http.client
+import http.server
+import multiprocessing
+import os
+import threading
+import time
+import urllib.parse
+from collections import Counter
+from pathlib import Path
+
+import boto3
+import fsspec
+import numpy as np
+import pytest
+from moto.server import ThreadedMotoServer
+
+from armillary.data_pipeline import folder as folders
+from armillary.data_pipeline.build import build, ensure_built
+from armillary.data_pipeline.config import DataConfig
+from armillary.data_pipeline.cursor import Cursor
+from armillary.data_pipeline.folder import LocalFolder, checksum, open_folder
+from armillary.data_pipeline.images import ImageShape
+from armillary.data_pipeline.inspect import samples
+from armillary.data_pipeline.loader import Loader
+from armillary.data_pipeline.shards import read_manifest
+from armillary.data_pipeline.verify import check_files, verify
+from armillary.errors import DataError
+from tests.conftest import SOURCES
+
+SHAPE = ImageShape(64, 16)
+BYTES = 1_000_000  # of a shard
+URL = "s3://bucket/some/shards"
+SET_ANEW = ("connection", "transfer-encoding", "date", "server")  # headers, by the proxy
+
+
+class Proxy(http.server.ThreadingHTTPServer):
+    """Passes requests on to the S3 server. `faults` are used up one by one by GETs of objects."""
+
+    def __init__(self, server: tuple[str, int]):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.upstream, self.faults, self.got, self.lock = server, [], Counter(), threading.Lock()
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def _pass_on(self):
+        path = urllib.parse.unquote(self.path.partition("?")[0])
+        fault = None
+        if self.command == "GET" and path.endswith((".arrow", ".json")):
+            with self.server.lock:
+                self.server.got[path.rpartition("/")[2]] += 1
+                fault = self.server.faults.pop(0) if self.server.faults else None
+        if fault == "500":
+            return self._answer(500, {"Content-Length": "0"}, b"")
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        upstream = http.client.HTTPConnection(*self.server.upstream)
+        upstream.request(self.command, self.path, body, dict(self.headers))
+        answer = upstream.getresponse()
+        content = answer.read()
+        headers = {
+            k: v
+            for k, v in answer.getheaders()
+            if k.lower() not in ("connection", "transfer-encoding", "date", "server")
+        }
+        if self.command != "HEAD":
+            headers["Content-Length"] = str(len(content))
+        if fault == "slow":
+            time.sleep(1)
+        if fault == "other":
+            content = bytes([content[0] ^ 1]) + content[1:]
+        return self._answer(answer.status, headers, content[: len(content) // 2] if fault == "cut" else content)
+
+    def _answer(self, status, headers, content):
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+        if len(content) != int(headers.get("Content-Length", 0)) and self.command != "HEAD":
+            self.close_connection = True
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _pass_on
+
+    def log_message(self, *_):
+        """Nothing."""
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory):
+    """Shards in a bucket; the proxy before it."""
+    local = tmp_path_factory.mktemp("built") / "shards"
+    build(DataConfig(path=str(local), sources=SOURCES, shard_bytes=BYTES))
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    proxy = Proxy(server.get_host_and_port())
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    patch = pytest.MonkeyPatch()
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "hush", "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_MAX_ATTEMPTS": "1",
+        "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",  # or no changed byte would come as far as our checksum
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.server_port}",
+    }.items():  # fmt: skip
+        patch.setenv(name, value)
+    patch.setattr(folders, "FIRST_WAIT", 0.01)
+    bucket = boto3.resource("s3").create_bucket(Bucket="bucket")
+    for path in local.iterdir():
+        bucket.upload_file(str(path), f"some/shards/{path.name}")
+    yield local, proxy
+    proxy.shutdown()
+    server.stop()
+    patch.undo()
+
+
+@pytest.fixture
+def proxy(storage):
+    storage[1].faults, storage[1].got = [], Counter()
+    yield storage[1]
+    storage[1].faults = []
+
+
+def config_of(path, tmp_path, **changes):
+    keys = {"path": str(path), "sources": SOURCES, "seq_length": 128, "cache": str(tmp_path / "cache")}
+    return DataConfig.model_validate(keys | {"shard_bytes": BYTES} | changes)
+
+
+def first_batches(config, steps=4, with_images=True):
+    made = Loader(config, SHAPE).steps(Cursor(), 16, 8, 0, 1, with_images=with_images)
+    return [batch for _ in range(steps) for batch in next(made).micro_batches]
+
+
+def same(some, others):
+    for one, other in zip(some, others, strict=True):
+        assert np.array_equal(one.tokens_T, other.tokens_T)
+        assert np.array_equal(one.patches_IND, other.patches_IND)
+
+
+def held(cache: Path) -> list[Path]:
+    return [path for path in cache.iterdir() if not path.name.startswith(".")]
+
+
+def test_what_is_trained_on_is_the_same_from_a_url(storage, proxy, tmp_path):
+    local, far = config_of(storage[0], tmp_path), config_of(URL, tmp_path)
+    same(first_batches(local), first_batches(far))
+    before = proxy.got.copy()
+    assert max(before[name] for name in before if name.endswith(".arrow")) == 1
+    same(first_batches(local), first_batches(far))
+    assert {name for name in proxy.got if proxy.got[name] > before[name]} == {"manifest.json"}, "the rest was kept"
+    assert ensure_built(far) == ensure_built(local)
+
+
+def test_looking_and_verifying_work_at_a_url(storage, proxy, tmp_path):
+    folder = open_folder(URL, str(tmp_path / "cache"))
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    assert verify(folder, manifest) == []
+    assert samples(folder, manifest, "pydoc", 3) == samples(LocalFolder(storage[0]), manifest, "pydoc", 3)
+
+
+@pytest.mark.parametrize("faults", [["500"] * 3, ["cut", "cut"], ["slow"], ["other"], ["500", "cut", "other", "slow"]])
+def test_what_passes_is_tried_again(storage, proxy, tmp_path, faults):
+    manifest = read_manifest(LocalFolder(storage[0]))
+    shard = manifest.sources["pydoc"][0]
+    proxy.faults = list(faults)
+    path = open_folder(URL, str(tmp_path / "cache")).fetch(shard.file, shard.bytes, shard.xxh3)
+    assert path.read_bytes() == (storage[0] / shard.file).read_bytes()
+    assert proxy.faults == []
+    assert [one.name for one in (tmp_path / "cache").iterdir()] == [path.name], "nothing half-written is left"
+
+
+@pytest.mark.parametrize(("fault", "said"), [("other", "it came with checksum"), ("500", "in 5 tries")])
+def test_what_does_not_pass_is_said_and_nothing_is_kept(storage, proxy, tmp_path, fault, said):
+    shard = read_manifest(LocalFolder(storage[0])).sources["pydoc"][0]
+    proxy.faults = [fault] * 200
+    with pytest.raises(DataError, match=said) as refused:
+        open_folder(URL, str(tmp_path / "cache")).fetch(shard.file, shard.bytes, shard.xxh3)
+    assert refused.value.where == f"{URL}/{shard.file}"
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_the_cache_keeps_within_its_bound_and_what_was_used_last(storage, proxy, tmp_path):
+    shards = read_manifest(LocalFolder(storage[0])).sources["easy_vqa"]
+    assert len(shards) > 4
+    limit = 3 * max(shard.bytes for shard in shards)
+    folder, cache = open_folder(URL, str(tmp_path / "cache"), limit), tmp_path / "cache"
+    for number, shard in enumerate(shards):
+        folder.fetch(shards[0].file, shards[0].bytes, shards[0].xxh3)  # in use all the time
+        assert folder.fetch(shard.file, shard.bytes, shard.xxh3) in held(cache)
+        assert sum(path.stat().st_size for path in held(cache)) <= limit, number
+    assert proxy.got[shards[0].file] == 1
+    with pytest.raises(DataError, match="does not fit into a cache of 1,000"):
+        open_folder(URL, str(tmp_path / "small"), 1000).fetch(shards[0].file, shards[0].bytes, shards[0].xxh3)
+
+
+def test_a_run_over_more_than_the_cache_holds_reads_the_same(storage, proxy, tmp_path):
+    """One shard is in use after the other; over an epoch every shard is fetched, and most are removed again."""
+    shards = read_manifest(LocalFolder(storage[0])).sources["easy_vqa"]
+    one = {"sources": [SOURCES[0]], "shuffle_shards": 1, "seq_length": 64}
+    limit = 4 * max(shard.bytes + shard.index_bytes for shard in shards)
+    assert limit < sum(shard.bytes for shard in shards)
+    far = config_of(URL, tmp_path, cache_bytes=limit, **one)
+    positions = sum(shard.tokens - shard.documents + 15 * shard.images for shard in shards)
+    near, steps = config_of(storage[0], tmp_path, **one), positions // (16 * 64) + 1
+    same(first_batches(near, steps, with_images=False), first_batches(far, steps, with_images=False))
+    assert set(proxy.got) >= {shard.file for shard in shards}
+    assert sum(path.stat().st_size for path in held(tmp_path / "cache")) <= limit
+    with pytest.raises(DataError, match="in use at a time"):
+        Loader(far.model_copy(update={"shuffle_shards": 0}), SHAPE)
+
+
+def _fetch_all(cache: str, names: list) -> None:
+    folder = open_folder(URL, cache)
+    for name, size, xxh3 in names:
+        assert checksum(folder.fetch(name, size, xxh3)) == xxh3
+
+
+def test_processes_of_a_machine_fetch_each_file_once(storage, proxy, tmp_path):
+    shards = read_manifest(LocalFolder(storage[0])).sources["easy_vqa"]
+    names = [(shard.file, shard.bytes, shard.xxh3) for shard in shards[:3]]
+    proxy.faults = ["slow"]
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_fetch_all, args=(str(tmp_path / "cache"), names)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    assert [proxy.got[name] for name, _, _ in names] == [1, 1, 1]
+
+
+def test_bad_urls_are_refused(storage, proxy, tmp_path):
+    cache = str(tmp_path / "cache")
+    with pytest.raises(DataError, match="no such storage"):
+        open_folder("nowhere://bucket/shards", cache)
+    with pytest.raises(DataError, match="there are no shards here"):
+        read_manifest(open_folder("s3://bucket/elsewhere", cache))
+    with pytest.raises(DataError, match="built on this machine"):
+        build(config_of(URL, tmp_path))
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(DataError, match="the cache cannot be made"):
+        open_folder(URL, str(blocked))
+    far = open_folder(URL, cache)
+    shard = read_manifest(far).sources["pydoc"][0]
+    with pytest.raises(DataError, match="a shard's file is missing"):
+        far.fetch("not-there.arrow", shard.bytes, shard.xxh3)
+    with pytest.raises(DataError, match="bytes where the manifest says 7"):
+        far.check_size(shard.file, 7)
+
+
+def test_any_storage_that_fsspec_knows_will_do(storage, tmp_path):
+    memory = fsspec.filesystem("memory")
+    for path in storage[0].iterdir():
+        memory.pipe_file(f"/shards/{path.name}", path.read_bytes())
+    local, far = config_of(storage[0], tmp_path), config_of("memory://shards", tmp_path)
+    same(first_batches(local), first_batches(far))
+    assert os.listdir(tmp_path / "cache")
