@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -123,6 +124,31 @@ def inspect(
             text = " ".join(document["text"].split())
             print(f"  #{document['number']} {document['name']} ({document['tokens']} tokens)")
             print(f"    {text[:300]}{'...' if len(text) > 300 else ''}")
+
+
+@app.command()
+def bench(
+    job_file: JobFile,
+    overrides: Overrides = (),
+    seconds: Annotated[float, typer.Option(help="how long to measure", min=0.1)] = 5.0,
+    as_json: AsJson = False,
+) -> None:
+    """How fast this machine makes a job's batches, as one rank without a model, and how full their rows are."""
+    from armillary.data_pipeline.build import ensure_built
+    from armillary.data_pipeline.measure import measure
+    from armillary.launcher.job import load_job
+    from armillary.launcher.train import say_built
+
+    job, console = load_job(job_file, overrides).with_absolute_paths(), Console(stderr=True)
+    ensure_built(job.data, lambda *done: say_built(console, *done))
+    share = job.training.global_batch // job.parallel.data
+    speed = measure(job.data, job.image_shape, share, job.parallel.micro_batch, seconds)
+    if as_json:
+        print(json.dumps(asdict(speed)))
+        return
+    print(f"{speed.positions_per_second:,.0f} positions/s, {speed.images_per_second:,.0f} images/s")
+    print(f"first step after {speed.first_seconds:.3f} s, after a resume {speed.resume_seconds:.3f} s")
+    print(f"rows are filled to {speed.utilisation:.2%} (data.packing = {job.data.packing})")
 
 
 @app.command()

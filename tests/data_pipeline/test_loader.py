@@ -122,6 +122,12 @@ def test_threads_decode_the_same_images(tables, loader):
     assert np.array_equal(several.batch(rows).patches_IND, loader.batch(rows).patches_IND)
 
 
+@pytest.mark.parametrize("packing", ["greedy", "best_fit"])
+def test_text_fills_its_rows(tables, packing):
+    packed = loader_of(tables, sources=[{"kind": "pydoc"}], packing=packing).plan.block(1).packed
+    assert packed.positions >= 0.98 * 128 * packed.rows
+
+
 def test_windows_are_stretches_of_the_token_stream(tables):
     loader = loader_of(tables, sources=[{"kind": "pydoc"}], packing="windows")
     (corpus,) = loader.corpora

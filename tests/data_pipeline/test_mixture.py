@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -67,6 +69,24 @@ def test_a_document_is_found_again(mixture, block, data):
         ordinals = [o for epoch in epochs if first <= (o := mixture.ordinal(s, d, epoch)) < last]
         assert ordinals
         assert {mixture.block_of(s, ordinal) for ordinal in ordinals} == {block}
+
+
+def test_ten_thousand_million_samples_take_no_more_memory_than_a_thousand():
+    """A hundred thousand shards of a hundred thousand documents, shuffled over all, and over a few at a time."""
+
+    def peak(sizes, together):
+        tracemalloc.start()
+        mixture = Mixture((Order(sizes, 1, together),), (Stage(0, (5000.0,)),), 0)
+        for block in (0, 1, 10**6):
+            mixture.block(block)
+            mixture.block_of(0, mixture.ordinal(0, 999, 3))
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    small, large = (100,) * 10, (10**5,) * 10**5
+    assert peak(large, 0) < 1.2 * peak(small, 0)
+    assert peak(large, 64) < 50e6
 
 
 def test_what_is_never_drawn_has_no_block():

@@ -64,6 +64,11 @@ def test_build_inspect_and_verify(job, armillary, tmp_path):
     assert again.returncode == 0, again.stderr
     assert armillary("data", "find", "indexed", "x" * 50).stdout == "no document\n"
     refused(armillary("data", "find", "indexed", "short"), "50 are needed")
+    measured = armillary("data", "bench", job, "--seconds", "0.3", "--json")
+    speed = json.loads(measured.stdout)
+    assert speed["positions_per_second"] > 0
+    assert 0.8 < speed["utilisation"] <= 1
+    assert "rows are filled to" in armillary("data", "bench", job, "--seconds", "0.3").stdout
     assert "5 shards are as they were written" in armillary("data", "verify", "shards").stdout
     shard = next((tmp_path / "shards").glob("texts-00002-*.arrow"))
     content = bytearray(shard.read_bytes())
