@@ -3,6 +3,8 @@
 Both leave a file of their results in the work folder, with a checksum, and take it instead of working again.
 """
 
+import contextlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from armillary.data_pipeline.config import SourceConfig
 from armillary.data_pipeline.dedup import BANDS, exact_key, near_keys
 from armillary.data_pipeline.document import Document, Encoded, Picture
 from armillary.data_pipeline.filters import length_problem, quality_problem
+from armillary.data_pipeline.prefetch import prefetch
 from armillary.data_pipeline.shards import Shard, SubstringFile, schema_of
 from armillary.data_pipeline.sources import read_part
 from armillary.data_pipeline.sources.part import Part
@@ -149,10 +152,12 @@ def encode_part(task: Encode) -> tuple[tuple[str, int], PartReport]:
 def _encoded(
     task: Encode, tokenizer: Tokenizer, dropped: dict[str, int], examples: list[str], index: SubstringWriter | None
 ) -> Iterator[Encoded]:
-    """The part's documents as shards hold them; each is put into `index` too."""
+    """The part's documents as shards hold them; each is put into `index` too. They are read and tokenized in a thread,
+    while those before them are written."""
+    tokenized = ((batch, tokenizer.encode_documents(batch)) for batch in _batches(task, dropped, examples))
     kept = 0
-    for batch in _batches(task, dropped, examples):
-        for document, encoded in zip(batch, tokenizer.encode_documents(batch), strict=True):
+    with contextlib.closing(prefetch(tokenized, ahead=1)) as ready:
+        for document, encoded in itertools.chain.from_iterable(zip(*pair, strict=True) for pair in ready):
             size = 4 * len(encoded.tokens) + sum(len(data) for _, data in encoded.images)
             if size <= task.shard_bytes:
                 if index is not None:

@@ -15,6 +15,7 @@ def prefetch(items: Iterator, ahead: int) -> Iterator:
             for item in items:
                 if not _put(ready, (item, None), closed):
                     return
+            _put(ready, (None, StopIteration()), closed)
         except BaseException as error:
             _put(ready, (None, error), closed)
 
@@ -23,6 +24,8 @@ def prefetch(items: Iterator, ahead: int) -> Iterator:
     try:
         while True:
             item, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
             if error is not None:
                 raise error
             yield item

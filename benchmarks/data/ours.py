@@ -32,38 +32,38 @@ class Armillary:
 
     def text(self, folder: Path) -> Iterator[int]:
         """Windows of the token stream, with labels, masks and positions."""
-        yield from _batches(_loader(folder / "armillary", "windows", "text"))
+        yield from _batches(loader(folder / "armillary", "windows", "text"))
 
     def packed(self, folder: Path) -> Iterator[int]:
         """Documents packed greedily, none seeing another."""
-        yield from _batches(_loader(folder / "armillary", "greedy", "text"))
+        yield from _batches(loader(folder / "armillary", "greedy", "text"))
 
     def prepare_images(self, folder: Path) -> None:
         _write(folder / "armillary-images", {"images": _captioned(folder)})
 
     def images(self, folder: Path) -> Iterator[memoryview]:
-        loader = _loader(folder / "armillary-images", "greedy", "images")
-        for rows in _rows(loader):
-            for piece in loader.pieces(rows):
+        made = loader(folder / "armillary-images", "greedy", "images")
+        for rows in _rows(made):
+            for piece in made.pieces(rows):
                 yield piece.columns.image(piece.columns.image_offsets[piece.place])
 
 
-def _loader(path: Path, packing: str, source: str) -> Loader:
+def loader(path: Path, packing: str, source: str) -> Loader:
     sources = [{"kind": "jsonl", "name": source}]
     config = {"path": str(path), "sources": sources, "seq_length": corpora.SEQ_LENGTH, "packing": packing}
     return Loader(DataConfig.model_validate(config), SHAPE)
 
 
-def _rows(loader: Loader) -> Iterator[list]:
+def _rows(made: Loader) -> Iterator[list]:
     cursor = Cursor()
     while True:
-        rows, cursor = loader.plan.rows(cursor, peers.BATCH)
+        rows, cursor = made.plan.rows(cursor, peers.BATCH)
         yield rows
 
 
-def _batches(loader: Loader) -> Iterator[int]:
-    for rows in _rows(loader):
-        yield len(loader.batch(rows).tokens_T)
+def _batches(made: Loader) -> Iterator[int]:
+    for rows in _rows(made):
+        yield len(made.batch(rows).tokens_T)
 
 
 def _captioned(folder: Path) -> Iterator[Encoded]:

@@ -2,6 +2,7 @@
 
 import base64
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from armillary.data_pipeline.images import decode
 from armillary.data_pipeline.sources.part import inside, read_file
 from armillary.errors import DataError
 
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can hold it, UTF-8 cannot
 DATA_URI = "data:image/"
 
 
@@ -82,7 +84,7 @@ def _part(one: Any, root: Path) -> Text | Picture | Answer:
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError("it has no text where one is needed")
-    if any("\ud800" <= character <= "\udfff" for character in value):
+    if SURROGATE.search(value):
         raise ValueError("its text is not valid Unicode")
     return value
 

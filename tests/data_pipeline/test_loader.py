@@ -216,6 +216,10 @@ def test_a_document_with_images_longer_than_a_row_is_cut_between_them(tables):
     assert len(batch.patches_IND) == len(batch.image_starts_I) > 200
 
 
+def test_prefetch_ends_with_its_source():
+    assert list(prefetch(iter(range(5)), 2)) == list(range(5))
+
+
 def test_prefetch_raises_what_its_source_raised():
     def items():
         yield 1
