@@ -4,6 +4,7 @@ import functools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -32,8 +33,7 @@ class Step:
     after: Cursor
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A piece of a document in a row: input positions [start, stop) of document `number` of a source."""
 
     row: int  # of those that were asked for
@@ -142,19 +142,22 @@ class Loader:
 
     def pieces(self, rows: list[Rows]) -> Iterator[Piece]:
         """The pieces of rows in their order, padding left out: for looking at, one by one."""
-        before = 0
+        seq_length, before = self._config.seq_length, 0
         for part in rows:
             block, (first, last) = part.block, part.pieces
             packed = block.packed
-            for number in range(first, last):
-                document = int(packed.document[number])
-                start, stop = int(packed.start[number]), int(packed.stop[number])
-                if document >= 0:
-                    source, shard, batch = block.batch_of(document)
-                    columns, place = self.corpora[source].columns(shard, batch), int(block.entries.row[document])
-                    row, which = before // self._config.seq_length, int(block.document[document])
-                    yield Piece(row, before, source, which, start, stop, columns, place)
-                before += stop - start
+            of, start, stop = packed.document[first:last], packed.start[first:last], packed.stop[first:last]
+            at = before + np.cumsum(stop - start) - (stop - start)
+            before += (part.last - part.first) * seq_length
+            filled = (of >= 0).nonzero()[0]
+            documents, entries = of[filled], block.entries
+            pieces = (at[filled], start[filled], stop[filled])
+            places = (block.source, block.document, entries.shard, entries.batch, entries.row)
+            for place, low, high, source, number, shard, batch, row in zip(
+                *(column.tolist() for column in pieces), *(column[documents].tolist() for column in places), strict=True
+            ):
+                columns = self.corpora[source].columns(shard, batch)
+                yield Piece(place // seq_length, place, source, number, low, high, columns, row)
 
     def _pieces(self, rows: Rows) -> Pieces:
         """What rows are made of. The batches that they need are checked here."""

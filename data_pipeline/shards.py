@@ -135,9 +135,14 @@ class Columns:
         stretch = slice(self.span_offsets[row], self.span_offsets[row + 1])
         return list(zip(self.span_ends[stretch].tolist(), self.span_roles[stretch].tolist(), strict=True))
 
-    def image(self, number: int) -> np.ndarray:
-        """An image's file, uint8 [bytes]."""
-        return self.data[self.data_offsets[number] : self.data_offsets[number + 1]]
+    def image(self, number: int) -> memoryview:
+        """An image's file."""
+        data, offsets = self._files
+        return data[offsets[number] : offsets[number + 1]]
+
+    @functools.cached_property
+    def _files(self) -> tuple[memoryview, list[int]]:
+        return memoryview(self.data), self.data_offsets.tolist()
 
 
 class ShardReader:

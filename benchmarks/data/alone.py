@@ -105,10 +105,11 @@ def building(folder: Path) -> dict:
 def main() -> None:
     folder = Path(sys.argv[1])
     ours.Armillary().prepare_text(folder)
-    found = {"build": building(folder)}
-    for packing in ("windows", "greedy"):
-        found[packing] = {"resume": resume(folder, packing), "memory": memory(folder, packing)}
-    print(json.dumps(found))
+    found = {
+        packing: {"resume": resume(folder, packing), "memory": memory(folder, packing)}
+        for packing in ("windows", "greedy")
+    }
+    print(json.dumps(found | {"build": building(folder)}))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """One measurement in a process of its own: `python -m benchmarks.data.measure CONTENDER WHAT FOLDER`, one JSON line.
 
-WHAT: text (windows of 2,048 tokens, batches of 64), packed (ours alone), images (files as they are), decoded (in one
-thread), decoded2 (in two); limits: gather (a memory map's rows, copied in shuffled order), decoder (simplejpeg alone).
+WHAT: text (windows of 2,048 tokens, batches of 64), packed, written (ours alone: as it is delivered; with the labels
+and positions that follow from it written out), images (files as they are), decoded (in one thread), decoded2 (in two);
+limits: gather (a memory map's rows, copied in shuffled order), decoder (simplejpeg alone).
 """
 
 import collections
@@ -71,10 +72,10 @@ def main() -> None:
         found = rate(decoder(folder), started)
     else:
         contender = ours.Armillary() if name == "armillary" else peers.PEERS[name]()
-        (contender.prepare_text if what in ("text", "packed") else contender.prepare_images)(folder)
+        (contender.prepare_text if what in ("text", "packed", "written") else contender.prepare_images)(folder)
         started = time.perf_counter()
         match what:
-            case "text" | "packed":
+            case "text" | "packed" | "written":
                 found = rate(getattr(contender, what)(folder), started)
             case "images":
                 found = rate((1 for _ in contender.images(folder)), started)

@@ -38,6 +38,13 @@ class Armillary:
         """Documents packed greedily, none seeing another."""
         yield from _batches(loader(folder / "armillary", "greedy", "text"))
 
+    def written(self, folder: Path) -> Iterator[int]:
+        """The same, with what follows from a batch."""
+        made = loader(folder / "armillary", "greedy", "text")
+        for rows in _rows(made):
+            batch = made.batch(rows)
+            yield len(batch.labels_T) + 0 * len(batch.positions_T)
+
     def prepare_images(self, folder: Path) -> None:
         _write(folder / "armillary-images", {"images": _captioned(folder)})
 

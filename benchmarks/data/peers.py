@@ -8,6 +8,7 @@ import importlib.util
 import io
 import json
 import sys
+import types
 import unittest.mock
 from collections.abc import Iterator
 from pathlib import Path
@@ -241,6 +242,92 @@ class Grain:
             yield io.FileIO(path).readall()
 
 
+class Energon:
+    """megatron-energon: tars, shuffled in a buffer of 1,000, as crude samples with a cooker."""
+
+    def prepare_text(self, folder: Path) -> None:
+        Webdataset().prepare_text(folder)
+        self._index(folder / "wds")
+
+    def text(self, folder: Path) -> Iterator[int]:
+        for batch in self._samples(folder / "wds", "bin", BATCH):
+            yield sum(len(row) // 2 for row in batch)
+
+    def prepare_images(self, folder: Path) -> None:
+        Webdataset().prepare_images(folder)
+        self._index(folder / "wds-images")
+
+    def images(self, folder: Path) -> Iterator[bytes]:
+        for batch in self._samples(folder / "wds-images", "jpg", 1):
+            yield from batch
+
+    def _index(self, path: Path) -> None:
+        from megatron.energon.flavors import BaseWebdatasetFactory
+
+        if not (path / ".nv-meta").exists():
+            tars = sorted(tar.name for tar in path.glob("*.tar"))
+            BaseWebdatasetFactory.prepare_dataset(
+                path, tars, split_parts_ratio=[("train", 1.0)], progress_fn=lambda done, total: done
+            )
+            kind = "__module__: megatron.energon\n__class__: CrudeWebdataset\n"
+            (path / ".nv-meta" / "dataset.yaml").write_text(kind)
+
+    def _samples(self, path: Path, key: str, size: int) -> Iterator[list[bytes]]:
+        from megatron.energon import (
+            Cooker,
+            DefaultTaskEncoder,
+            WorkerConfig,
+            get_savable_loader,
+            get_train_dataset,
+            stateless,
+        )
+
+        class Encoder(DefaultTaskEncoder):
+            cookers = (Cooker(stateless(lambda sample: sample)),)
+            decoder = None
+
+            @stateless
+            def batch(self, samples: list[dict]) -> list[bytes]:
+                return [sample[key] for sample in samples]
+
+        workers = WorkerConfig.default_worker_config(0)
+        data = get_train_dataset(
+            path, worker_config=workers, batch_size=size, shuffle_buffer_size=1000, max_samples_per_sequence=100,
+            task_encoder=Encoder(),
+        )  # fmt: skip
+        yield from get_savable_loader(data)
+
+
+class GPTDatasetPeer:
+    """Megatron-core's GPTDataset over its indexed files. It has no images."""
+
+    def prepare_text(self, folder: Path) -> None:
+        import torch
+        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+        if not (folder / "gpt.idx").exists():
+            tokens = np.fromfile(corpora.text(folder), np.uint16)
+            builder = IndexedDatasetBuilder(str(folder / "gpt.bin"), np.uint16)
+            for part in np.split(tokens, np.cumsum(corpora.lengths())[:-1]):
+                builder.add_document(torch.from_numpy(part), [len(part)])
+            builder.finalize(str(folder / "gpt.idx"))
+
+    def text(self, folder: Path) -> Iterator[int]:
+        import torch
+        from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+        from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+        config = GPTDatasetConfig(
+            random_seed=1, sequence_length=corpora.SEQ_LENGTH, blend=([str(folder / "gpt")], None), split="1,0,0",
+            reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False, create_attention_mask=False,
+            tokenizer=types.SimpleNamespace(vocab_size=corpora.VOCABULARY, eod=0, pad=0, unique_identifiers={}),
+        )  # fmt: skip
+        count = len(windows(folder)) - 1
+        data = BlendedMegatronDatasetBuilder(GPTDataset, [count, None, None], lambda: True, config).build()[0]
+        for batch in torch.utils.data.DataLoader(data, BATCH):
+            yield batch["tokens"].numel()
+
+
 PEERS = {
     "litdata": Litdata,
     "streaming": Streaming,
@@ -248,4 +335,6 @@ PEERS = {
     "webdataset": Webdataset,
     "datasets": Datasets,
     "grain": Grain,
+    "energon": Energon,
+    "Megatron GPTDataset": GPTDatasetPeer,
 }

@@ -10,26 +10,29 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib
+import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.data.peers import PEERS
 
-WHAT = ("text", "packed", "images", "decoded", "decoded2")
-LIMITS = {"text": "gather", "packed": "gather", "decoded": "decoder", "decoded2": "decoder"}
+WHAT = ("text", "packed", "written", "images", "decoded", "decoded2")
+LIMITS = {"text": "gather", "packed": "gather", "written": "gather", "decoded": "decoder", "decoded2": "decoder"}
 
 
-def measure(name: str, what: str, folder: Path) -> dict | None:
-    """One process's figures; None, with its last line said, where it failed."""
-    command = [sys.executable, "-m", "benchmarks.data.measure", name, what, str(folder)]
+def measure(module: str, *words: object) -> dict | None:
+    """The figures that a module prints, in a process of its own; None, with its last line said, where it failed."""
+    command = [sys.executable, "-m", f"benchmarks.data.{module}", *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        print(f"{name} {what}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        print(f"{' '.join(command[2:])}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
         return None
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def main() -> None:
+    matplotlib.use("Agg")
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--folder", type=Path, default=Path("data/bench"), help="where the corpora are made")
     options.add_argument("--rounds", type=int, default=3)
@@ -38,11 +41,11 @@ def main() -> None:
     args = options.parse_args()
     pairs = [("limit", limit) for limit in sorted({LIMITS[what] for what in args.only if what in LIMITS})]
     for what in args.only:
-        pairs += [(name, what) for name in ("armillary", *(PEERS if what != "packed" else ()))]
+        pairs += [(name, what) for name in ("armillary", *contenders(what))]
     found: dict[str, list[dict]] = {}
     for number in range(args.rounds):
         for name, what in pairs:
-            figures = measure(name, what, args.folder)
+            figures = measure("measure", name, what, args.folder)
             if figures:
                 found.setdefault(f"{name}|{what}", []).append(figures)
                 print(f"round {number + 1}  {name:30} {what:9} {figures['rate']:,.0f}/s", file=sys.stderr)
@@ -50,8 +53,38 @@ def main() -> None:
         key: {one: statistics.median(f[one] for f in figures) for one in ("rate", "first")}
         for key, figures in found.items()
     }
-    args.out.write_text(json.dumps({"medians": medians, "rounds": found}, indent=1) + "\n")
+    alone = measure("alone", args.folder)
+    args.out.write_text(json.dumps({"medians": medians, "alone": alone, "rounds": found}, indent=1) + "\n")
+    plot(medians, args.out.with_suffix(".png"))
     show(medians)
+    print(json.dumps(alone, indent=1))
+
+
+def contenders(what: str) -> list[str]:
+    """The peers that can do it."""
+    if what in ("packed", "written"):
+        return []
+    return [name for name, peer in PEERS.items() if hasattr(peer, "text" if what == "text" else "images")]
+
+
+def plot(medians: dict[str, dict], path: Path) -> None:
+    """Rates as bars, on a logarithmic scale: a panel for text and one for images."""
+    panels = {
+        "tokens/s, shuffled rows of 2,048": ("limit|gather", "|text", "|packed"),
+        "images/s, decoded in one thread": ("limit|decoder", "|decoded"),
+    }
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    for axis, (title, kinds) in zip(axes, panels.items(), strict=True):
+        chosen = {key: one["rate"] for key, one in medians.items() if key.endswith(kinds)}
+        chosen = dict(sorted(chosen.items(), key=lambda item: item[1]))
+        names = [key.replace("|text", "").replace("|decoded", "").replace("|", ", ") for key in chosen]
+        colours = ["C1" if key.startswith("armillary") else "0.6" for key in chosen]
+        bars = axis.barh(names, chosen.values(), color=colours)
+        axis.bar_label(bars, [f"{rate:,.3g}" for rate in chosen.values()], padding=3)
+        axis.set(xscale="log", title=title)
+        axis.margins(x=0.2)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def show(medians: dict[str, dict]) -> None:
