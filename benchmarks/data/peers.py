@@ -3,8 +3,8 @@
 `prepare` converts the common corpus into the library's own format, once; it is not timed.
 """
 
+import functools
 import importlib.machinery
-import importlib.util
 import io
 import json
 import sys
@@ -86,15 +86,15 @@ def _litdata_picture(item: tuple[str, str]) -> dict:
     return {"jpeg": Path(path).read_bytes(), "caption": caption}
 
 
+@functools.cache
 def _streaming():
     """The library. It imports torchvision for data sets that are not used here; torchvision has no build for a PyTorch
     without CUDA, so that empty modules take its place."""
-    if importlib.util.find_spec("torchvision") is None:
-        for name in ("torchvision", "torchvision.datasets", "torchvision.datasets.folder", "torchvision.transforms",
-                     "torchvision.transforms.functional"):  # fmt: skip
-            module = unittest.mock.MagicMock(VisionDataset=object)
-            module.__spec__ = importlib.machinery.ModuleSpec(name, None)
-            sys.modules[name] = module
+    for name in ("torchvision", "torchvision.datasets", "torchvision.datasets.folder", "torchvision.transforms",
+                 "torchvision.transforms.functional"):  # fmt: skip
+        module = unittest.mock.MagicMock(VisionDataset=object)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        sys.modules[name] = module
     import streaming
 
     return streaming
