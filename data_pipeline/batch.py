@@ -59,7 +59,7 @@ class PackedBatch:
 
 @dataclass(frozen=True)
 class Stretches:
-    """Bytes [begins[i], ends[i]) of files[i], one behind the other."""
+    """Tokens [begins[i], ends[i]) of files[i], one behind the other. A file is a view of numbers of 16 or 32 bits."""
 
     files: list[memoryview]
     begins: list[int]
@@ -69,10 +69,9 @@ class Stretches:
         """A copy of all of them: by memcpy, without an array for each, which halves the time."""
         return np.frombuffer(bytearray().join(map(getitem, self.files, map(slice, self.begins, self.ends))), dtype)
 
-    def behind(self, which: list[int], size: int) -> "Stretches":
-        """The `size` bytes that stand behind some of them."""
-        begins = [self.ends[i] for i in which]
-        return Stretches([self.files[i] for i in which], begins, [begin + size for begin in begins])
+    def behind(self, dtype: np.dtype) -> np.ndarray:
+        """The token that stands behind each."""
+        return np.fromiter(map(getitem, self.files, self.ends), dtype, len(self.ends))
 
     def cut(self, first: int, last: int) -> "Stretches":
         """Those from `first` up to `last`."""
@@ -106,14 +105,12 @@ class Laid:
 class Pieces:
     """What a batch is made of, one piece behind the other. Padding is a piece of source -1, over `blank`.
 
-    A piece's stretch holds its tokens, and behind it stands the label of its last position: the end token, where the
-    piece closes its document. A piece that `laid` has is made of more than its tokens; its stretch is an empty one of
-    `blank`.
+    A piece's stretch holds its tokens, and behind it stands the label of its last position. A piece that `laid` has is
+    made of more than its tokens; its stretch is an empty one of `blank`.
     """
 
-    length: np.ndarray  # int64: positions of each piece
+    bounds: np.ndarray  # int64 [pieces + 1]: positions up to each piece, and in all
     source: np.ndarray  # int32
-    closes: np.ndarray  # bool
     stretches: Stretches
     laid: dict[int, Laid] = field(default_factory=dict)
 
@@ -123,7 +120,6 @@ def assemble(
     dtype: np.dtype,
     shape: ImageShape,
     image_token: int,
-    end_token: int,
     with_images: bool = True,
     each: Callable[[Callable, Iterable], Iterable] = map,
 ) -> PackedBatch:
@@ -132,7 +128,7 @@ def assemble(
     `with_images=False` leaves the patches out, for a rank that never sees them. `each` is `map`, or that of a pool
     of threads: it decodes the images.
     """
-    bounds = np.concatenate([[0], np.cumsum(pieces.length)])
+    bounds = pieces.bounds
     mask_T = _ones(int(bounds[-1]))
     padding = (pieces.source < 0).nonzero()[0].tolist()
     if pieces.laid or padding:
@@ -145,10 +141,8 @@ def assemble(
             labels[number], found = _lay(piece, int(bounds[number]), shape, image_token, stretches, mask_T)
             images += found
             done = number + 1
-        stretches.extend(pieces.stretches, done, len(pieces.length))
-    last_labels = np.full(len(pieces.length), end_token, dtype)
-    open_ = (~pieces.closes).nonzero()[0]
-    last_labels[open_] = pieces.stretches.behind(open_.tolist(), np.dtype(dtype).itemsize).joined(dtype)
+        stretches.extend(pieces.stretches, done)
+    last_labels = pieces.stretches.behind(dtype)
     for number, label in labels.items():
         last_labels[number] = label
     for number in padding:
@@ -178,8 +172,8 @@ def _numbers(count: int) -> np.ndarray:
 
 @functools.lru_cache(8)
 def blank(count: int, dtype: np.dtype, token: int = 0) -> memoryview:
-    """The bytes of a token, `count` times and once more."""
-    return memoryview(np.full(count + 1, token, dtype)).cast("B")
+    """A token, `count` times and once more."""
+    return memoryview(np.full(count + 1, token, dtype))
 
 
 def whole_documents(columns: Columns, seq_length: int, shape: ImageShape) -> Pieces:
@@ -199,11 +193,9 @@ def whole_documents(columns: Columns, seq_length: int, shape: ImageShape) -> Pie
     if room:
         length.append(room)
         source.append(-1)
-    dtype = columns.tokens.dtype
-    ends = [0 if number in laid else count * dtype.itemsize for number, count in enumerate(length)]
-    nothing = Stretches([blank(seq_length, dtype)] * len(length), [0] * len(length), ends)
-    closes = np.zeros(len(length), bool)
-    return Pieces(np.array(length, np.int64), np.array(source, np.int32), closes, nothing, laid)
+    ends = [0 if number in laid else count for number, count in enumerate(length)]
+    nothing = Stretches([blank(seq_length, columns.tokens.dtype)] * len(length), [0] * len(length), ends)
+    return Pieces(np.cumsum([0, *length]), np.array(source, np.int32), nothing, laid)
 
 
 @dataclass(frozen=True)
@@ -221,7 +213,6 @@ def _lay(
     Returns the label of its last position, and its images.
     """
     columns, row, start, stop, width = piece.columns, piece.row, piece.start, piece.stop, shape.positions
-    dtype = columns.tokens.dtype
     first, length = int(columns.offsets[row]), int(columns.offsets[row + 1] - columns.offsets[row])
     numbers = range(columns.image_offsets[row], columns.image_offsets[row + 1])
     image_tokens = columns.image_at[numbers.start : numbers.stop].tolist()
@@ -230,12 +221,11 @@ def _lay(
         wider = k * (width - 1)
         low, high = max(begin + wider, start), min(end + wider, stop)
         if low < high:
-            behind = first - wider
-            stretches.append(columns.token_bytes, (low + behind) * dtype.itemsize, (high + behind) * dtype.itemsize)
+            stretches.append(columns.token_view, low + first - wider, high + first - wider)
         if begin + wider <= stop < end + wider:
             label = int(columns.tokens[first + stop - wider])
         if k < len(numbers) and start <= end + wider < stop:
-            stretches.append(blank(width, dtype, image_token), 0, min(width, stop - end - wider) * dtype.itemsize)
+            stretches.append(blank(width, columns.tokens.dtype, image_token), 0, min(width, stop - end - wider))
             variation = int(key_of(piece.variation, numbers[k])) if piece.variation else None
             found.append(_Image(end + wider + shift, columns.image(numbers[k]), variation))
         begin = end + 1

@@ -88,8 +88,7 @@ class Loader:
             return self._bounds(rows)
         parts = [self._pieces(part) for part in rows]
         each = self._pool.map if self._pool else map
-        special = self.tokenizer.image, self.tokenizer.end
-        return assemble(_joined(parts), self._dtype, self._shape, *special, with_images, each)
+        return assemble(_joined(parts), self._dtype, self._shape, self.tokenizer.image, with_images, each)
 
     def steps(
         self,
@@ -179,12 +178,11 @@ class Loader:
                 int(packed.stop[number]),
                 int(located.variation[number]),
             )
-        length = packed.stop[first:last] - packed.start[first:last]
-        source, closes = located.source[first:last], located.closes[first:last]
-        return Pieces(length, source, closes, located.stretches.cut(first, last), laid)
+        bounds = located.bounds[first : last + 1] - located.bounds[first]
+        return Pieces(bounds, located.source[first:last], located.stretches.cut(first, last), laid)
 
     def _locate(self, number: int) -> "_Located":
-        block, size = self.plan.block(number), self._dtype.itemsize
+        block = self.plan.block(number)
         packed, entries, of = block.packed, block.entries, block.packed.document
         source = np.where(of < 0, -1, block.source[of]).astype(np.int32)
         compressed = np.array([corpus.compressed for corpus in self.corpora])
@@ -196,19 +194,18 @@ class Loader:
             for shard, mine in groups(entries.shard[of[plain[of_source]]]):
                 which = plain[of_source[mine]]
                 reader, batch = self.corpora[s].reader(shard), entries.batch[of[which]]
-                begins[which] = reader.tokens_at[batch] + size * (entries.first[of[which]] + packed.start[which])
+                begins[which] = reader.tokens_at[batch] + entries.first[of[which]] + packed.start[which]
                 unchecked[which] = ~reader.checked[batch]
                 file_of[which] = len(files)
-                files.append(reader.bytes)
-        ends = begins + np.where(laid, 0, size * (packed.stop - packed.start))
+                files.append(reader.token_view)
+        lengths = packed.stop - packed.start
+        ends = begins + np.where(laid, 0, lengths)
         stretches = Stretches([files[f] for f in file_of.tolist()], begins.tolist(), ends.tolist())
         variation = np.zeros(len(of), np.uint64)
         if self._augment.any():
             names = mix(of.astype(np.uint64) + key_of(self._config.seed, 2, number)) | np.uint64(1)
             variation = np.where(self._augment[source], names, np.uint64(0))
-        whole = np.array([not isinstance(corpus, Windows) for corpus in self.corpora])
-        closes = (of >= 0) & whole[source] & (packed.stop == entries.tokens[of] - 1)
-        return _Located(stretches, source, closes, laid, unchecked, variation)
+        return _Located(stretches, np.cumsum(np.concatenate([[0], lengths])), source, laid, unchecked, variation)
 
 
 def _check_cache(config: DataConfig, manifest: Manifest) -> None:
@@ -230,8 +227,8 @@ class _Located:
     """Of each piece of a block, where its tokens are and what else is to be done with it."""
 
     stretches: Stretches
+    bounds: np.ndarray  # int64 [pieces + 1]: positions up to each piece, and in all
     source: np.ndarray  # int32; -1: padding
-    closes: np.ndarray  # bool: it ends with its document
     laid: np.ndarray  # bool: it is made of more than its tokens
     unchecked: np.ndarray  # bool: its batch has not been compared with its checksum
     variation: np.ndarray  # uint64: see batch.Laid
@@ -241,10 +238,10 @@ def _joined(parts: list[Pieces]) -> Pieces:
     """Pieces of several blocks behind each other."""
     if len(parts) == 1:
         return parts[0]
-    stretches, laid, before = Stretches([], [], []), {}, 0
+    stretches, laid, bounds, before = Stretches([], [], []), {}, [np.zeros(1, np.int64)], 0
     for part in parts:
+        laid |= {len(stretches.files) + number: piece for number, piece in part.laid.items()}
         stretches.extend(part.stretches)
-        laid |= {before + number: piece for number, piece in part.laid.items()}
-        before += len(part.length)
-    columns = [np.concatenate([getattr(part, name) for part in parts]) for name in ("length", "source", "closes")]
-    return Pieces(*columns, stretches, laid)
+        bounds.append(before + part.bounds[1:])
+        before += int(part.bounds[-1])
+    return Pieces(np.concatenate(bounds), np.concatenate([part.source for part in parts]), stretches, laid)

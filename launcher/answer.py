@@ -35,7 +35,7 @@ class Answerer:
         columns = Columns.of(record_batch([encoded], schema_of(tokenizer.size)))
         length = len(encoded.tokens) - 1 + len(encoded.images) * (shape.positions - 1)
         pieces = whole_documents(columns, length, shape)
-        batch = assemble(pieces, columns.tokens.dtype, shape, tokenizer.image, tokenizer.end)
+        batch = assemble(pieces, columns.tokens.dtype, shape, tokenizer.image)
         device = next(self._model.parameters()).device
         written = generate(
             self._model,

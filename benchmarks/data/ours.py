@@ -25,9 +25,7 @@ class Armillary:
 
     def prepare_text(self, folder: Path) -> None:
         tokens = np.fromfile(corpora.text(folder), np.uint16)
-        ends = np.cumsum(corpora.lengths())
-        tokens[ends - 1] = _tokenizer().end
-        parts = np.split(tokens, ends[:-1])
+        parts = np.split(tokens, np.cumsum(corpora.lengths())[:-1])
         _write(folder / "armillary", {"text": (Encoded(tokens=part.tolist()) for part in parts)})
 
     def text(self, folder: Path) -> Iterator[int]:
@@ -80,15 +78,11 @@ def _captioned(folder: Path) -> Iterator[Encoded]:
         yield Encoded(tokens, [(1, Role.PROMPT), (len(tokens), Role.TEXT)], [(0, path.read_bytes())], path.name)
 
 
-def _tokenizer() -> Tokenizer:
-    return Tokenizer.train(itertools.repeat("some text", 10), corpora.VOCABULARY)
-
-
 def _write(folder: Path, sources: dict) -> None:
     if (folder / MANIFEST).exists():
         return
     folder.mkdir(parents=True)
-    tokenizer = _tokenizer()
+    tokenizer = Tokenizer.train(itertools.repeat("some text", 10), corpora.VOCABULARY)
     schema, text = schema_of(corpora.VOCABULARY), tokenizer.to_json()
     shards = {
         name: tuple(write_shards(folder, name, documents, schema, 128 << 20)) for name, documents in sources.items()

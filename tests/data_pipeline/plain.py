@@ -8,8 +8,6 @@ from armillary.data_pipeline.images import ImageShape
 from armillary.data_pipeline.shards import Columns, schema_of
 from armillary.data_pipeline.write import record_batch
 
-END = 0
-
 
 @dataclass
 class Laid:
@@ -40,7 +38,7 @@ def batch_of(
 ) -> PackedBatch:
     """The documents packed whole, through the code under test."""
     columns = Columns.of(record_batch(documents, schema_of(vocab_size)))
-    return assemble(whole_documents(columns, seq_length, shape), columns.tokens.dtype, shape, image, END)
+    return assemble(whole_documents(columns, seq_length, shape), columns.tokens.dtype, shape, image)
 
 
 def decoded(columns: Columns, row: int) -> Encoded:

@@ -12,7 +12,7 @@ from armillary.data_pipeline.document import Encoded, Role
 from armillary.data_pipeline.images import ImageShape
 from armillary.data_pipeline.shards import Columns, schema_of
 from armillary.data_pipeline.write import record_batch
-from tests.data_pipeline.plain import END, batch_of, decoded, lay_out
+from tests.data_pipeline.plain import batch_of, decoded, lay_out
 
 IMAGE = 1
 SHAPE = ImageShape(8, 4)  # four positions an image
@@ -52,24 +52,21 @@ def test_any_pieces_of_any_documents_are_laid_out_as_they_are_one_by_one(documen
     number, start, stop = (np.array(column, np.int64) for column in zip(*chosen, strict=True))
     at = np.cumsum(stop - start) - (stop - start)
     plain = [not (d.images or d.spans) and d.weight == 1 for d in documents]
-    size, padding = columns.tokens.itemsize, seq_length - int((stop - start).sum())
-    stretches, laid, closes = Stretches([], [], []), {}, []
+    padding = seq_length - int((stop - start).sum())
+    stretches, laid = Stretches([], [], []), {}
     for place, (document, low, high) in enumerate(chosen):
         if plain[document]:
             first = int(columns.offsets[document])
-            stretches.append(columns.token_bytes, size * (first + low), size * (first + high))
+            stretches.append(columns.token_view, first + low, first + high)
         else:
             stretches.append(blank(seq_length, columns.tokens.dtype), 0, 0)
             laid[place] = Laid(columns, document, low, high)
-        closes.append(high == len(laid_out[document].tokens) and documents[document].tokens[-1] == END)
-    stretches.append(blank(seq_length, columns.tokens.dtype), 0, size * padding)
-    length, source = [*(stop - start), padding], [*number, -1]
-    if not padding:
-        stretches, length, source = stretches.cut(0, len(chosen)), length[:-1], source[:-1]
-    pieces = Pieces(
-        np.array(length), np.array(source, np.int32), np.array([*closes, False][: len(length)]), stretches, laid
-    )
-    batch = assemble(pieces, columns.tokens.dtype, SHAPE, IMAGE, END, with_images=False)
+    length, source = list(stop - start), list(number)
+    if padding:
+        stretches.append(blank(seq_length, columns.tokens.dtype), 0, padding)
+        length, source = [*length, padding], [*source, -1]
+    pieces = Pieces(np.cumsum([0, *length]), np.array(source, np.int32), stretches, laid)
+    batch = assemble(pieces, columns.tokens.dtype, SHAPE, IMAGE, with_images=False)
     starts = []
     for (document, low, high), place in zip(chosen, at.tolist(), strict=True):
         one, where = laid_out[document], slice(place, place + high - low)
