@@ -88,9 +88,8 @@ def batches(
             for q in questions[start : start + at_once]
         ]
         columns = Columns.of(record_batch([tokenizer.encode_document(d) for d in documents], schema))
-        yield assemble(
-            whole_documents(columns, seq_length, shape), columns.tokens.dtype, shape, tokenizer.image, tokenizer.end
-        )
+        pieces = whole_documents(columns, seq_length, shape)
+        yield assemble(pieces, columns.tokens.dtype, shape, tokenizer.image)
 
 
 def score(predicted_T: np.ndarray, batch: PackedBatch) -> tuple[int, int]:
