@@ -107,7 +107,7 @@ def ensure_built(config: DataConfig, progress: Progress = lambda source, done, p
         raise DataError(
             f"the shards were built with another {' and '.join('data.' + key for key in changed)}",
             config.path,
-            "run `armillary data build JOB.toml --force`, or choose another data.path",
+            f"{folder.build} (--force replaces what is there), or choose another data.path",
         )
     return manifest
 

@@ -1,24 +1,29 @@
 """Where shards are: a folder of this machine, or a URL with a bounded cache on this machine before it."""
 
 import contextlib
+import errno
 import fcntl
 import functools
 import os
 import re
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import IO, Protocol, TypeVar
 
 import fsspec
+import pyarrow as pa
 import xxhash
 
 from armillary.errors import DataError
+from armillary.files import sync
 
 CACHE_BYTES = 100 << 30
 TRIES = 5
 FIRST_WAIT = 0.5  # seconds before the second try, twice as long before each further one
-CACHED = re.compile(r"[0-9a-f]{16}-[^/]+")  # a file of the cache: its checksum and its name
+KEPT = re.compile(r"[0-9a-f]{16}-.+")  # a file of the cache: its checksum and its name
+PART = re.compile(r"\..+\.(\d+)\.part")  # one that is being fetched, with its size
 Result = TypeVar("Result")
 
 
@@ -26,6 +31,7 @@ class Folder(Protocol):
     """The files of a data set, by name."""
 
     remedy: str  # what to do about a file that is damaged
+    build: str  # how shards come to be there
 
     def at(self, name: str) -> str:
         """Where a file is, for messages."""
@@ -38,6 +44,9 @@ class Folder(Protocol):
 
     def fetch(self, name: str, size: int, xxh3: str) -> Path:
         """A file of this machine with its content, of so many bytes. DataError where there is none."""
+
+    def open(self, name: str, size: int, xxh3: str) -> pa.Buffer:
+        """The same, mapped into memory."""
 
 
 def open_folder(path: str | Path, cache: str = "", cache_bytes: int = CACHE_BYTES) -> Folder:
@@ -65,6 +74,7 @@ class LocalFolder:
     """A folder of this machine. What is in a file is checked by who reads it."""
 
     remedy = "restore the file, or run `armillary data build JOB.toml --force`"
+    build = "run `armillary data build JOB.toml`"
 
     def __init__(self, path: Path):
         self._path = path
@@ -86,26 +96,36 @@ class LocalFolder:
         self.check_size(name, size)
         return self._path / name
 
+    def open(self, name: str, size: int, xxh3: str) -> pa.Buffer:
+        return pa.memory_map(str(self.fetch(name, size, xxh3))).read_buffer()
+
 
 class RemoteFolder:
     """A folder behind a URL. Files are fetched whole, with a checksum, into `cache`, a folder that all processes of
-    this machine share; the ones that were not used for longest make room when it holds more than `limit` bytes.
+    this machine share; the ones that were not used for longest make room when it would hold more than `limit` bytes.
+    On top come, for as long as they are, files that are being fetched, and those that were removed while a process had
+    them open.
 
     Credentials, endpoints and the like are those that the protocol's own variables and files give (AWS_PROFILE,
-    AWS_ENDPOINT_URL, ...). DataError where a package for the protocol is missing, or the storage cannot be reached.
+    AWS_ENDPOINT_URL, ...). DataError where a package for the protocol is missing, the storage cannot be reached, or
+    the cache cannot be written.
     """
 
+    build = "build shards into a folder of this machine, then copy that folder there"
+
     def __init__(self, url: str, cache: Path, limit: int):
+        if urllib.parse.urlsplit(url).password is not None:
+            raise DataError("the URL has a password in it", "data.path", "give credentials through the environment")
         self.remedy = f"remove its copy in {cache}; if it comes back, copy the data set to that place again"
         self._url, self._cache, self._limit = url.rstrip("/"), cache, limit
         try:
             self._storage, self._root = fsspec.url_to_fs(self._url)
-        except (ImportError, ValueError) as error:
-            raise DataError(f"no such storage can be read: {error}", url, "install the package that it names") from None
-        try:
+        except Exception as error:  # each protocol has its own kinds
+            raise DataError(
+                f"no such storage can be read: {error}", url, "check the URL, and the package for it"
+            ) from None
+        with self._writing():
             cache.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DataError(f"the cache cannot be made: {error.strerror}", cache, "choose another data.cache") from None
 
     def at(self, name: str) -> str:
         return f"{self._url}/{name}"
@@ -118,16 +138,28 @@ class RemoteFolder:
 
     def fetch(self, name: str, size: int, xxh3: str) -> Path:
         path = self._cache / f"{xxh3}-{name}"
-        if not self._used(path):
-            if size > self._limit:
-                raise DataError(
-                    f"a file of {size:,} bytes does not fit into a cache of {self._limit:,}", self.at(name),
-                    "raise data.cache_bytes",
-                )  # fmt: skip
-            with _held(path.with_name(f".{path.name}.lock")):
-                if not self._used(path):  # nor has another process fetched it meanwhile
-                    self._fetch(path, name, size, xxh3)
+        with self._writing():
+            if not _used(path, size):
+                if size > self._limit:
+                    raise DataError(
+                        f"a file of {size:,} bytes does not fit into a cache of {self._limit:,}",
+                        self.at(name),
+                        "raise data.cache_bytes",
+                    )
+                with _held(path.with_name(f".{path.name}.{size}.part")) as part:
+                    if not _used(path, size):  # nor has another process fetched it meanwhile
+                        self._make_room()
+                        self._tried(name, lambda: self._get(part, name, size, xxh3))
+                        sync(part)
+                        part.rename(path)
+                        self._make_room()
         return path
+
+    def open(self, name: str, size: int, xxh3: str) -> pa.Buffer:
+        while True:
+            path = self.fetch(name, size, xxh3)
+            with contextlib.suppress(FileNotFoundError):  # another process made room just then
+                return pa.memory_map(str(path)).read_buffer()
 
     @functools.cached_property
     def _sizes(self) -> dict[str, int]:
@@ -135,60 +167,48 @@ class RemoteFolder:
         listed = self._tried("", lambda: self._storage.ls(self._root, detail=True))
         return {entry["name"].rpartition("/")[2]: entry["size"] for entry in listed}
 
-    def _used(self, path: Path) -> bool:
-        """Mark a file of the cache as used now; False where it is not there."""
+    def _get(self, part: Path, name: str, size: int, xxh3: str) -> None:
         try:
-            os.utime(path)
-        except FileNotFoundError:
-            return False
-        return True
-
-    def _fetch(self, path: Path, name: str, size: int, xxh3: str) -> None:
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-        def get() -> None:
-            self._storage.get_file(f"{self._root}/{name}", str(temporary))
-            if (found := temporary.stat().st_size) != size:
-                raise OSError(f"it came with {found} bytes where the manifest says {size}")
-            if (digest := checksum(temporary)) != xxh3:
-                raise OSError(f"it came with checksum {digest}, manifest {xxh3}")
-
-        try:
-            self._make_room(size)
-            self._tried(name, get)
-            temporary.rename(path)
+            self._storage.get_file(f"{self._root}/{name}", str(part))
         except FileNotFoundError:
             raise DataError("a shard's file is missing", self.at(name), self.remedy) from None
-        finally:
-            temporary.unlink(missing_ok=True)
+        if (found := part.stat().st_size) != size:
+            raise _Failed(f"it came with {found} bytes where the manifest says {size}")
+        if (digest := checksum(part)) != xxh3:
+            raise _Failed(f"it came with checksum {digest}, manifest {xxh3}")
 
-    def _make_room(self, size: int) -> None:
-        """Remove files until `size` bytes fit. A process that has one of them open keeps it until it is done."""
-        held = []
-        for path in self._cache.iterdir():
-            with contextlib.suppress(FileNotFoundError):  # another process was faster
-                if CACHED.fullmatch(path.name):
-                    held.append((path.stat().st_mtime_ns, path.stat().st_size, path))
-        total = size + sum(bytes_ for _, bytes_, _ in held)
-        for _, bytes_, path in sorted(held):
-            if total <= self._limit:
-                return
-            path.unlink(missing_ok=True)
-            total -= bytes_
+    def _make_room(self) -> None:
+        """Remove files until all fit. Those that are being fetched count with the size they will have; what a dead
+        process left of them is removed."""
+        with open(self._cache / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            total, held = 0, []
+            for path in self._cache.iterdir():
+                if part := PART.fullmatch(path.name):
+                    total += 0 if _removed_if_dead(path) else int(part[1])
+                elif KEPT.fullmatch(path.name):
+                    stat = path.stat()
+                    held.append((stat.st_mtime_ns, stat.st_size, path))
+                    total += stat.st_size
+            for _, freed, path in sorted(held):
+                if total <= self._limit:
+                    return
+                path.unlink()
+                total -= freed
 
     def _tried(self, name: str, action: Callable[[], Result]) -> Result:
-        """Do it, and again after a while where it fails; a file that is not there, or not ours to read, is no failure
-        that passes."""
+        """Do it, and again after a while where it fails; a file that is not there, or not ours to read, and a full disk
+        are no failures that pass."""
         for number in range(TRIES):
             try:
                 return action()
-            except FileNotFoundError:
+            except (FileNotFoundError, DataError):
                 raise
             except PermissionError as error:
-                raise DataError(
-                    f"the storage refuses to give it: {error}", self.at(name), "check the credentials"
-                ) from None
+                raise DataError(f"the storage refuses it: {error}", self.at(name), "check the credentials") from None
             except Exception as error:  # each protocol has its own kinds
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise
                 reason = str(error).strip() or type(error).__name__
             if number < TRIES - 1:
                 time.sleep(FIRST_WAIT * 2**number)
@@ -196,20 +216,72 @@ class RemoteFolder:
             f"it could not be fetched, in {TRIES} tries: {reason}", self.at(name), "check the storage and the network"
         )
 
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """DataError where the cache cannot be written."""
+        try:
+            yield
+        except OSError as error:
+            raise DataError(
+                f"the cache cannot be written: {error.strerror or error}",
+                self._cache,
+                "free some space, or choose another data.cache",
+            ) from None
+
+
+class _Failed(Exception):
+    """What came is not what the manifest says."""
+
+
+def _used(path: Path, size: int) -> bool:
+    """Mark a file of the cache as used now; False where it is not there, or not whole."""
+    try:
+        os.utime(path)
+        return path.stat().st_size == size
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def _held(part: Path) -> Iterator[Path]:
+    """Be the only one, of all processes and threads, that writes a file: its lock is a lock on itself. It is removed at
+    the end, unless it was renamed."""
+    while True:
+        with open(part, "a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not _same(file, part):  # its last holder removed or renamed it
+                continue
+            try:
+                yield part
+            finally:
+                if _same(file, part):
+                    part.unlink()
+            return
+
+
+def _removed_if_dead(part: Path) -> bool:
+    """Remove a file in the making that no process is making."""
+    try:
+        with open(part, "r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            part.unlink()
+    except BlockingIOError:
+        return False
+    except FileNotFoundError:
+        return True
+    return True
+
+
+def _same(file: IO, path: Path) -> bool:
+    """Whether an open file is still the one at its path."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
 
 def _check_size(found: int | None, size: int, where: str, remedy: str) -> None:
     if found is None:
         raise DataError("a shard's file is missing", where, remedy)
     if found != size:
         raise DataError(f"a shard's file has {found} bytes where the manifest says {size}", where, remedy)
-
-
-@contextlib.contextmanager
-def _held(lock: Path) -> Iterator[None]:
-    """Keep other processes of this machine out. The lock's file goes with its holder."""
-    with open(lock, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)

@@ -10,14 +10,13 @@ import pyarrow as pa
 import xxhash
 from pydantic import ValidationError
 
-from armillary.data_pipeline.folder import Folder, LocalFolder, checksum
+from armillary.data_pipeline.folder import Folder
 from armillary.errors import DataError
 from armillary.files import write_whole
 from armillary.table import SealedTable, Table
 
 MANIFEST = "manifest.json"
 FORMAT = 3
-REBUILD = LocalFolder.remedy
 
 
 class Shard(Table):
@@ -153,14 +152,14 @@ class ShardReader:
 
     def __init__(self, folder: Folder, shard: Shard, schema: pa.Schema):
         self._folder, self._shard, self._schema = folder, shard, schema
-        index_path = folder.fetch(shard.index_file, shard.index_bytes, shard.index_xxh3)
-        if (found := checksum(index_path)) != shard.index_xxh3:
+        content = folder.open(shard.index_file, shard.index_bytes, shard.index_xxh3)
+        if (found := xxhash.xxh3_64_hexdigest(content)) != shard.index_xxh3:
             raise DataError(
                 f"a shard's index is corrupted: checksum {found}, manifest {shard.index_xxh3}",
                 folder.at(shard.index_file),
                 folder.remedy,
             )
-        reader = pa.ipc.open_file(pa.memory_map(str(index_path)))
+        reader = pa.ipc.open_file(content)
         index = reader.get_batch(0)
         self.tokens: np.ndarray = index.column(0).to_numpy()  # uint32 [documents]
         self.images: np.ndarray = index.column(1).to_numpy()  # uint32 [documents]
@@ -188,7 +187,7 @@ class ShardReader:
     @functools.cached_property
     def _file(self) -> pa.Buffer:
         shard = self._shard
-        return pa.memory_map(str(self._folder.fetch(shard.file, shard.bytes, shard.xxh3))).read_buffer()
+        return self._folder.open(shard.file, shard.bytes, shard.xxh3)
 
     def columns(self, number: int) -> Columns:
         """Batch `number`; DataError where its bytes are not those that were written (checked once)."""
@@ -225,18 +224,20 @@ def read_manifest(folder: Folder) -> Manifest:
     try:
         tables = json.loads(folder.read_text(MANIFEST))
         if isinstance(tables, dict) and tables.get("format", FORMAT) != FORMAT:
-            raise DataError(f"the shards are of format {tables['format']}, this version reads {FORMAT}", path, REBUILD)
+            raise DataError(
+                f"the shards are of format {tables['format']}, this version reads {FORMAT}", path, folder.remedy
+            )
         manifest = Manifest.model_validate(tables)
     except FileNotFoundError:
-        raise DataError("there are no shards here", folder.at(""), "run `armillary data build JOB.toml`") from None
+        raise DataError("there are no shards here", folder.at(""), folder.build) from None
     except (ValidationError, ValueError) as error:
-        raise DataError(f"the manifest cannot be read: {str(error).splitlines()[0]}", path, REBUILD) from None
+        raise DataError(f"the manifest cannot be read: {str(error).splitlines()[0]}", path, folder.remedy) from None
     if not manifest.intact:
-        raise DataError("the manifest is damaged: its checksum does not fit", path, REBUILD)
+        raise DataError("the manifest is damaged: its checksum does not fit", path, folder.remedy)
     if xxhash.xxh3_64_hexdigest(manifest.tokenizer.encode()) != manifest.tokenizer_xxh3:
-        raise DataError("the tokenizer is not the one that the shards were built with", path, REBUILD)
+        raise DataError("the tokenizer is not the one that the shards were built with", path, folder.remedy)
     names = [n for shards in manifest.sources.values() for shard in shards for n in (shard.file, shard.index_file)]
     for name in (*names, *(file.file for files in manifest.substrings.values() for file in files)):
         if Path(name).name != name:
-            raise DataError(f"the manifest names a file outside its folder: {name}", path, REBUILD)
+            raise DataError(f"the manifest names a file outside its folder: {name}", path, folder.remedy)
     return manifest

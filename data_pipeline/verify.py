@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 
-from armillary.data_pipeline.folder import Folder, checksum
+import xxhash
+
+from armillary.data_pipeline.folder import Folder
 from armillary.data_pipeline.shards import Manifest, ShardReader, schema_of
 from armillary.data_pipeline.tokenizer import Tokenizer
 from armillary.errors import DataError
@@ -32,7 +34,7 @@ def verify(folder: Folder, manifest: Manifest, progress: Progress = lambda done,
             reader = ShardReader(folder, shard, schema)
             for number in range(len(reader.batch_ends)):
                 reader.columns(number)
-            if (digest := checksum(folder.fetch(shard.file, shard.bytes, shard.xxh3))) != shard.xxh3:
+            if (digest := xxhash.xxh3_64_hexdigest(folder.open(shard.file, shard.bytes, shard.xxh3))) != shard.xxh3:
                 raise DataError(
                     f"a shard is corrupted outside its batches: checksum {digest}, manifest {shard.xxh3}",
                     folder.at(shard.file),

@@ -48,7 +48,7 @@ class Job(TrainJob):
         tokenizer = os.path.abspath(self.data.tokenizer) if self.data.tokenizer else ""
         sources = [s.model_copy(update={"path": os.path.abspath(s.path)}) if s.path else s for s in self.data.sources]
         path = self.data.path if is_url(self.data.path) else os.path.abspath(self.data.path)
-        cache = os.path.abspath(self.data.cache) if self.data.cache else ""
+        cache = os.path.abspath(os.path.expanduser(self.data.cache)) if self.data.cache else ""
         data = self.data.model_copy(
             update={"path": path, "cache": cache, "sources": tuple(sources), "tokenizer": tokenizer}
         )
