@@ -120,6 +120,7 @@ def assemble(
     dtype: np.dtype,
     shape: ImageShape,
     image_token: int,
+    *,
     with_images: bool = True,
     each: Callable[[Callable, Iterable], Iterable] = map,
 ) -> PackedBatch:

@@ -1,6 +1,7 @@
 """One source's documents by number, from memory-mapped shards."""
 
 import functools
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -30,6 +31,7 @@ class Corpus:
         self.images = sum(shard.images for shard in self._shards)
         self.compressed = manifest.built_from.get("compression", "none") != "none"
         self.reader = functools.lru_cache(open_shards)(self._reader)
+        self._alive: weakref.WeakValueDictionary[int, ShardReader] = weakref.WeakValueDictionary()
         self.columns = functools.lru_cache(OPEN_COMPRESSED)(self._unpack) if self.compressed else self._view
 
     def _unpack(self, shard: int, batch: int) -> Columns:
@@ -46,11 +48,16 @@ class Corpus:
         """The shards that hold `documents` (int64 [n]), each once."""
         return np.unique(np.searchsorted(self._ends, documents, side="right"))
 
-    def fetch(self, shard: int) -> None:
-        """Have a shard's files on this machine."""
+    def bytes_of(self, shard: int) -> int:
+        """The size of a shard and its index."""
+        return self._shards[shard].bytes + self._shards[shard].index_bytes
+
+    def fetch(self, shard: int, index_only: bool) -> None:
+        """Have a shard's index, or both its files, on this machine."""
         entry = self._shards[shard]
         self._folder.fetch(entry.index_file, entry.index_bytes, entry.index_xxh3)
-        self._folder.fetch(entry.file, entry.bytes, entry.xxh3)
+        if not index_only:
+            self._folder.fetch(entry.file, entry.bytes, entry.xxh3)
 
     def look_up(self, documents: np.ndarray) -> "Entries":
         """What the indexes say of `documents` (int64 [n]); no batch is read."""
@@ -70,7 +77,11 @@ class Corpus:
             yield shard, which, documents[which] - begin
 
     def _reader(self, shard: int) -> ShardReader:
-        return ShardReader(self._folder, self._shards[shard], self._schema)
+        """One that somebody still holds is not opened again, so that what was checked is what is read."""
+        reader = self._alive.get(shard)
+        if reader is None:
+            reader = self._alive[shard] = ShardReader(self._folder, self._shards[shard], self._schema)
+        return reader
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,9 @@
 """From a cursor to packed batches: the plan of a step is global, each rank builds only its own rows."""
 
+import collections
+import contextlib
 import functools
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,14 +18,14 @@ from armillary.data_pipeline.cursor import Cursor
 from armillary.data_pipeline.folder import Folder, is_url, open_folder
 from armillary.data_pipeline.images import ImageShape
 from armillary.data_pipeline.plan import Planner, Rows, cut
-from armillary.data_pipeline.shards import Columns, Manifest, read_manifest, schema_of
+from armillary.data_pipeline.shards import Columns, Manifest, ShardReader, read_manifest, schema_of
 from armillary.data_pipeline.shuffle import key_of, mix
 from armillary.data_pipeline.tokenizer import Tokenizer
 from armillary.data_pipeline.windows import Windows
 from armillary.errors import DataError
 
 FETCHES = 8  # files that are fetched at once
-IN_USE = 3  # groups of shards that are shuffled together: a block ends one and begins another, the next is fetched
+OPEN_FETCHED = 16  # shards from a URL that are held open beside those of the blocks in hand
 
 
 @dataclass(frozen=True)
@@ -64,19 +67,17 @@ class Loader:
                 "data.seq_length",
                 f"set it to at least {shape.positions}, or take larger patches (model.patch_size)",
             )
-        self._remote = is_url(config.path)
-        if self._remote:
-            _check_cache(config, manifest)
-            self._ahead = ThreadPoolExecutor(1, "ahead")
+        self._remote, self._closed = is_url(config.path), threading.Event()
         self.corpora = [self._corpus(folder, manifest, source.name) for source in config.sources]
         self.plan = Planner(config, self.corpora, shape)
+        if self._remote:
+            self._check_cache()
         self._augment = np.array([source.augment for source in config.sources])
         self._pool = ThreadPoolExecutor(threads, "decode") if threads > 1 else None
-        self._located = functools.lru_cache(4)(self._locate)
+        self._located = functools.lru_cache(2)(self._locate)  # a step may end one block and begin another
 
     def _corpus(self, folder: Folder, manifest: Manifest, source: str) -> Corpus | Windows:
-        open_shards = IN_USE * self._config.shuffle_shards or OPEN
-        corpus = Corpus(folder, manifest, source, self.tokenizer, open_shards)
+        corpus = Corpus(folder, manifest, source, self.tokenizer, OPEN_FETCHED if self._remote else OPEN)
         if self._config.packing == "windows":
             return Windows(corpus, source, manifest.sources[source], self._config.seq_length)
         return corpus
@@ -88,7 +89,9 @@ class Loader:
             return self._bounds(rows)
         parts = [self._pieces(part) for part in rows]
         each = self._pool.map if self._pool else map
-        return assemble(_joined(parts), self._dtype, self._shape, self.tokenizer.image, with_images, each)
+        return assemble(
+            _joined(parts), self._dtype, self._shape, self.tokenizer.image, with_images=with_images, each=each
+        )
 
     def steps(
         self,
@@ -107,10 +110,11 @@ class Loader:
         starts = range(rank * rows // ranks, (rank + 1) * rows // ranks, micro_batch)
         fetched = cursor.block - 1
         while True:
-            if self._remote and with_tokens and cursor.block > fetched:
+            if self._remote and cursor.block > fetched:
                 fetched = cursor.block
-                self._fetch(fetched)
-                self._ahead.submit(self._fetch, fetched + 1)
+                self._fetch(fetched, not with_tokens)
+                ahead = threading.Thread(target=self._fetch_ahead, args=(fetched + 1, not with_tokens), daemon=True)
+                ahead.start()
             planned, cursor = self.plan.rows(cursor, rows)
             micro_batches = [self.batch(cut(planned, start, micro_batch), with_tokens, with_images) for start in starts]
             yield Step(micro_batches, cursor)
@@ -130,16 +134,41 @@ class Loader:
             image_starts_I=np.empty(0, np.int64),
         )
 
-    def _fetch(self, block: int) -> None:
-        """Have the shards of a block on this machine before they are needed. What fails is raised where they are."""
-        source, document = self.plan.mixture.block(block)
-        with ThreadPoolExecutor(FETCHES, "fetch") as pool:
-            for s, which in groups(source):
-                corpus = self.corpora[s]
-                for shard in corpus.shards_of(document[which]).tolist():
-                    pool.submit(corpus.fetch, shard)
+    def close(self) -> None:
+        """Fetch nothing more."""
+        self._closed.set()
 
-    def pieces(self, rows: list[Rows]) -> Iterator[Piece]:
+    def _fetch(self, block: int, index_only: bool) -> None:
+        """Have the shards of a block on this machine before they are needed; DataError at the first that fails."""
+
+        def fetch(place: tuple[int, int]) -> None:
+            if not self._closed.is_set():
+                self.corpora[place[0]].fetch(place[1], index_only)
+
+        with ThreadPoolExecutor(FETCHES, "fetch") as pool:
+            collections.deque(pool.map(fetch, self._shards_of(block)), maxlen=0)
+
+    def _fetch_ahead(self, block: int, index_only: bool) -> None:
+        with contextlib.suppress(DataError):  # it is raised when the block's turn comes
+            self._fetch(block, index_only)
+
+    def _shards_of(self, block: int) -> list[tuple[int, int]]:
+        """(source, shard) of all documents of a block."""
+        source, document = self.plan.mixture.block(block)
+        return [(s, n) for s, which in groups(source) for n in self.corpora[s].shards_of(document[which]).tolist()]
+
+    def _check_cache(self) -> None:
+        """DataError where the cache cannot hold a block and the next: shards would be fetched again and again."""
+        shards = {*self._shards_of(0), *self._shards_of(1)}
+        needed, held = sum(self.corpora[s].bytes_of(shard) for s, shard in shards), self._config.cache_bytes
+        if needed > held:
+            raise DataError(
+                f"the {len(shards)} shards that are in use at a time have {needed:,} bytes, the cache holds {held:,}",
+                "data.cache_bytes",
+                "raise it, or set data.shuffle_shards lower (0 shuffles all of a source)",
+            )
+
+    def documents(self, rows: list[Rows]) -> Iterator[Piece]:
         """The pieces of rows in their order, padding left out: for looking at, one by one."""
         seq_length, before = self._config.seq_length, 0
         for part in rows:
@@ -165,8 +194,7 @@ class Loader:
         packed = block.packed
         unchecked = first + located.unchecked[first:last].nonzero()[0]
         for number in unchecked.tolist():
-            source, shard, batch = block.batch_of(packed.document[number])
-            self.corpora[source].reader(shard).check(batch)
+            located.readers[located.reader[number]].check(block.batch_of(packed.document[number])[2])
         located.unchecked[unchecked] = False
         laid = {}
         for number in (first + located.laid[first:last].nonzero()[0]).tolist():
@@ -188,7 +216,7 @@ class Loader:
         compressed = np.array([corpus.compressed for corpus in self.corpora])
         laid = (of >= 0) & ((entries.first[of] < 0) | compressed[source])
         begins, unchecked = np.zeros(len(of), np.int64), np.zeros(len(of), bool)
-        files, file_of = [blank(self._config.seq_length, self._dtype)], np.zeros(len(of), np.int64)
+        readers, reader_of = [], np.full(len(of), -1)
         plain = np.flatnonzero((of >= 0) & ~laid)
         for s, of_source in groups(source[plain]):
             for shard, mine in groups(entries.shard[of[plain[of_source]]]):
@@ -196,30 +224,18 @@ class Loader:
                 reader, batch = self.corpora[s].reader(shard), entries.batch[of[which]]
                 begins[which] = reader.tokens_at[batch] + entries.first[of[which]] + packed.start[which]
                 unchecked[which] = ~reader.checked[batch]
-                file_of[which] = len(files)
-                files.append(reader.token_view)
+                reader_of[which] = len(readers)
+                readers.append(reader)
         lengths = packed.stop - packed.start
         ends = begins + np.where(laid, 0, lengths)
-        stretches = Stretches([files[f] for f in file_of.tolist()], begins.tolist(), ends.tolist())
+        files = [*(reader.token_view for reader in readers), blank(self._config.seq_length, self._dtype)]
+        stretches = Stretches([files[number] for number in reader_of.tolist()], begins.tolist(), ends.tolist())
         variation = np.zeros(len(of), np.uint64)
         if self._augment.any():
             names = mix(of.astype(np.uint64) + key_of(self._config.seed, 2, number)) | np.uint64(1)
             variation = np.where(self._augment[source], names, np.uint64(0))
-        return _Located(stretches, np.cumsum(np.concatenate([[0], lengths])), source, laid, unchecked, variation)
-
-
-def _check_cache(config: DataConfig, manifest: Manifest) -> None:
-    """DataError where the cache cannot hold what is in use at a time: shards would be fetched again and again."""
-    needed = 0
-    for source in config.sources:
-        sizes = sorted((shard.bytes + shard.index_bytes for shard in manifest.sources[source.name]), reverse=True)
-        needed += sum(sizes[: IN_USE * config.shuffle_shards or None])
-    if needed > config.cache_bytes:
-        raise DataError(
-            f"the shards that are in use at a time have {needed:,} bytes, the cache holds {config.cache_bytes:,}",
-            "data.cache_bytes",
-            "raise it, or set data.shuffle_shards lower (0 shuffles all of a source)",
-        )
+        bounds = np.cumsum(np.concatenate([[0], lengths]))
+        return _Located(stretches, readers, reader_of, bounds, source, laid, unchecked, variation)
 
 
 @dataclass(frozen=True)
@@ -227,6 +243,8 @@ class _Located:
     """Of each piece of a block, where its tokens are and what else is to be done with it."""
 
     stretches: Stretches
+    readers: list[ShardReader]  # that the files are views of
+    reader: np.ndarray  # int64: which of them; -1: none
     bounds: np.ndarray  # int64 [pieces + 1]: positions up to each piece, and in all
     source: np.ndarray  # int32; -1: padding
     laid: np.ndarray  # bool: it is made of more than its tokens

@@ -26,7 +26,8 @@ class Speed:
 def measure(config: DataConfig, shape: ImageShape, rows: int, micro_batch: int, seconds: float) -> Speed:
     """Build steps of `rows` rows for about `seconds` seconds as the only rank of a run. DataError as of Loader."""
     started = time.perf_counter()
-    steps = Loader(config, shape, config.threads).steps(Cursor(), rows, micro_batch, 0, 1)
+    loader = Loader(config, shape, config.threads)
+    steps = loader.steps(Cursor(), rows, micro_batch, 0, 1)
     reached = [next(steps).after]
     first = time.perf_counter() - started
     positions = images = filled = 0
@@ -39,6 +40,7 @@ def measure(config: DataConfig, shape: ImageShape, rows: int, micro_batch: int, 
             positions += int(lengths.sum())
             filled += int(lengths[batch.piece_sources >= 0].sum())
             images += len(batch.patches_IND)
+    loader.close()
     middle = reached[len(reached) // 2]
     started = time.perf_counter()
     next(Loader(config, shape, config.threads).steps(middle, rows, micro_batch, 0, 1))

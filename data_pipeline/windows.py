@@ -29,7 +29,7 @@ class Windows:
         self._shard = np.repeat(np.arange(len(shards)), [len(count) for count in counts])
         self._batch = np.concatenate([np.arange(len(count)) for count in counts])
         self._length, self._corpus, self._source = length, corpus, source
-        self.fetch = corpus.fetch
+        self.fetch, self.bytes_of = corpus.fetch, corpus.bytes_of
         self.shard_sizes = tuple(int(count.sum()) for count in counts)
         self.documents = int(self._ends[-1])
         if not self.documents:

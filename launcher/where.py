@@ -39,7 +39,7 @@ class Where:
                 "name": piece.columns.names[piece.place].as_py(),
                 "start": piece.start,
                 "stop": piece.stop,
-            } for piece in self.loader.pieces(rows)]  # fmt: skip
+            } for piece in self.loader.documents(rows)]  # fmt: skip
             row += 1
         return found
 

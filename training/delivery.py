@@ -1,5 +1,6 @@
 """Batches on their way to a device: one rank of a tensor-parallel group builds them, the others are sent them."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
@@ -17,7 +18,7 @@ from armillary.training.config import TrainJob
 
 ALIGNMENT = 16  # bytes
 FIELDS = [field.name for field in fields(PackedBatch)]
-HEADER = 4  # numbers before the fields' sizes
+HEADER = ("weight", "token_bytes", "block", "row")  # numbers before the fields' sizes
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class DeviceBatch:
     @classmethod
     def of(cls, batch: PackedBatch, device: torch.device) -> "DeviceBatch":
         """A copy of a whole batch."""
-        tensors = [torch.from_numpy(getattr(batch, name)).to(device) for name in FIELDS]
+        tensors = [torch.tensor(getattr(batch, name), device=device) for name in FIELDS]
         return cls(int(batch.cu_seqlens[-1]), *tensors)
 
     @property
@@ -65,9 +66,15 @@ class DeviceBatch:
 
 @dataclass(frozen=True)
 class DeviceStep:
-    """One rank's share of a step on its device, and the cursor after the step."""
+    """One rank's share of a step, and the cursor after the step.
 
-    micro_batches: list[DeviceBatch]
+    A micro-batch is sent to the device when it is asked for, which is collective over the tensor-parallel group.
+    """
+
+    weight: float  # of all its labels in the loss
+    positions: int  # of a micro-batch
+    count: int  # of micro-batches
+    micro_batches: Iterator[DeviceBatch]
     after: Cursor
 
 
@@ -76,7 +83,7 @@ class Delivery:
 
     The first rank of each tensor-parallel group reads and builds, in a thread and two steps ahead; it reads no more
     than its pipeline stage needs: tokens in the first and the last one, images in the first. `next` is collective over
-    the group. DataError as of Loader.
+    the group. DataError as of Loader, on the rank that reads.
     """
 
     def __init__(self, job: TrainJob, cursor: Cursor, rank: int, device: torch.device):
@@ -86,10 +93,12 @@ class Delivery:
         self._micro_batches = share // layout.micro_batch
         self._group = parallel_state.get_tensor_model_parallel_group()
         self._source = parallel_state.get_tensor_model_parallel_src_rank()
-        self._parcels: Iterator[tuple[torch.Tensor, torch.Tensor]] | None = None
+        self._loader: Loader | None = None
+        self._parcels: Iterator[_Parcel] | None = None
         if rank == self._source:
             first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
-            steps = Loader(job.data, job.image_shape, job.data.threads).steps(
+            self._loader = Loader(job.data, job.image_shape, job.data.threads)
+            steps = self._loader.steps(
                 cursor,
                 job.training.global_batch,
                 layout.micro_batch,
@@ -101,62 +110,86 @@ class Delivery:
             self._parcels = prefetch(map(self._pack, steps), ahead=2)
 
     def __next__(self) -> DeviceStep:
-        """The next step."""
-        if self._parcels is not None:
-            header, body = next(self._parcels)
+        """The next step; its micro-batches are to be taken before the next one."""
+        parcel = None if self._parcels is None else next(self._parcels)
+        if parcel is None:
+            header = torch.empty(len(HEADER) + self._micro_batches * len(FIELDS), dtype=torch.float64)
         else:
-            header = torch.empty(HEADER + self._micro_batches * len(FIELDS), dtype=torch.int64)
-        if self._job.parallel.tensor > 1:
-            header = header.to(self._device)
-            dist.broadcast(header, self._source, self._group)
-        numbers = header.tolist()
-        if self._parcels is not None:
-            body = body.to(self._device, non_blocking=True)
-        else:
-            body = torch.empty(numbers[0], dtype=torch.uint8, device=self._device)
-        if self._job.parallel.tensor > 1:
-            dist.broadcast(body, self._source, self._group)
-        return self._unpack(numbers, body)
+            header = parcel.header
+        weight, token_bytes, block, row, *counts = self._sent(header).tolist()
+        shapes = [
+            self._shapes(int(token_bytes), [int(count) for count in counts[first : first + len(FIELDS)]])
+            for first in range(0, len(counts), len(FIELDS))
+        ]
+        positions = self._job.parallel.micro_batch * self._job.data.seq_length
+        bodies = [None] * len(shapes) if parcel is None else parcel.bodies
+        batches = (self._delivered(*pair) for pair in zip(shapes, bodies, strict=True))
+        return DeviceStep(weight, positions, len(shapes), batches, Cursor(block=int(block), row=int(row)))
 
     def close(self) -> None:
-        """End the thread."""
+        """End the threads."""
         if self._parcels is not None:
+            self._loader.close()
             self._parcels.close()
 
-    def _pack(self, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
-        """A step as two tensors: its bytes in all, its cursor, the bytes of a token, and of each micro-batch how many
-        items each field has; and all fields' bytes. In pinned memory where there is a GPU."""
-        arrays = [getattr(batch, name) for batch in step.micro_batches for name in FIELDS]
-        total = sum(_aligned(array.nbytes) for array in arrays)
-        token_bytes = step.micro_batches[0].tokens_T.itemsize
-        header = [total, step.after.block, step.after.row, token_bytes, *map(len, arrays)]
-        body = torch.empty(total, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
-        place, at = body.numpy(), 0
-        for array in arrays:
-            place[at : at + array.nbytes] = array.reshape(-1).view(np.uint8)
-            at += _aligned(array.nbytes)
-        return torch.tensor(header), body
+    def _pack(self, step: Step) -> "_Parcel":
+        """A step as what is sent; in pinned memory where there is a GPU."""
+        weight = sum(float(batch.loss_mask_T.sum(dtype=np.float64)) for batch in step.micro_batches)
+        header = [weight, step.micro_batches[0].tokens_T.itemsize, step.after.block, step.after.row]
+        bodies = []
+        for batch in step.micro_batches:
+            arrays = [getattr(batch, name) for name in FIELDS]
+            header += map(len, arrays)
+            sizes = [_aligned(array.nbytes) for array in arrays]
+            body = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+            place, at = body.numpy(), 0
+            for array, size in zip(arrays, sizes, strict=True):
+                place[at : at + array.nbytes] = array.reshape(-1).view(np.uint8)
+                at += size
+            bodies.append(body)
+        return _Parcel(torch.tensor(header, dtype=torch.float64), bodies)
 
-    def _unpack(self, numbers: list[int], body: torch.Tensor) -> DeviceStep:
-        _, block, row, token_bytes, *counts = numbers
-        shape = self._job.image_shape
+    def _shapes(self, token_bytes: int, counts: list[int]) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of each field."""
         token = torch.uint16 if token_bytes == 2 else torch.uint32
         kinds = {
             "tokens_T": token, "last_labels": token, "loss_mask_T": torch.float32, "cu_seqlens": torch.int32,
             "piece_sources": torch.int32, "patches_IND": torch.uint8, "image_starts_I": torch.int64,
         }  # fmt: skip
-        positions, at, tensors = self._job.parallel.micro_batch * self._job.data.seq_length, 0, []
-        for number, count in enumerate(counts):
-            name = FIELDS[number % len(FIELDS)]
-            form = (count, shape.patches, shape.patch_dim) if name == "patches_IND" else (count,)
-            size = int(np.prod(form)) * kinds[name].itemsize
-            tensors.append(body[at : at + size].view(kinds[name]).view(form))
-            at += _aligned(size)
-        batches = [
-            DeviceBatch(positions, *tensors[first : first + len(FIELDS)])
-            for first in range(0, len(tensors), len(FIELDS))
+        patches = (self._job.image_shape.patches, self._job.image_shape.patch_dim)
+        return [
+            (kinds[name], (count, *patches) if name == "patches_IND" else (count,))
+            for name, count in zip(FIELDS, counts, strict=True)
         ]
-        return DeviceStep(batches, Cursor(block=block, row=row))
+
+    def _delivered(self, shapes: list[tuple[torch.dtype, tuple[int, ...]]], body: torch.Tensor | None) -> DeviceBatch:
+        """A micro-batch on the device; `body` is its bytes, on the rank that built it."""
+        sizes = [math.prod(shape) * kind.itemsize for kind, shape in shapes]
+        if body is None:
+            body = torch.empty(sum(map(_aligned, sizes)), dtype=torch.uint8, device=self._device)
+        body, at, tensors = self._sent(body), 0, []
+        for (kind, shape), size in zip(shapes, sizes, strict=True):
+            tensors.append(body[at : at + size].view(kind).view(shape))
+            at += _aligned(size)
+        return DeviceBatch(self._job.parallel.micro_batch * self._job.data.seq_length, *tensors)
+
+    def _sent(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The first rank's tensor, on the device of each rank of the group."""
+        if self._job.parallel.tensor == 1 and tensor.dtype != torch.uint8:
+            return tensor
+        tensor = tensor.to(self._device, non_blocking=True)
+        if self._job.parallel.tensor > 1:
+            dist.broadcast(tensor, self._source, self._group)
+        return tensor
+
+
+@dataclass(frozen=True)
+class _Parcel:
+    """A step in two parts: `header` has the weight of its labels, the bytes of a token, its cursor, and of each
+    micro-batch how many items each field has; `bodies` has the fields' bytes of each micro-batch."""
+
+    header: torch.Tensor  # float64, which holds whole numbers up to 2^53
+    bodies: list[torch.Tensor]  # uint8
 
 
 def _aligned(size: int) -> int:

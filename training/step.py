@@ -45,7 +45,7 @@ def train_step(
     started = time.perf_counter()
     last_stage = parallel_state.is_pipeline_last_stage()
     # ZeRO averages over data-parallel ranks; the mean we want is over the global batch's learned tokens.
-    scale = parallel_state.get_data_parallel_world_size() / _global_weight(step) if last_stage else 1.0
+    scale = parallel_state.get_data_parallel_world_size() / _global_weight(step, device) if last_stage else 1.0
 
     def forward(batches, model):
         batch = next(batches)
@@ -60,10 +60,10 @@ def train_step(
 
     sums = get_forward_backward_func()(
         forward_step_func=forward,
-        data_iterator=iter(step.micro_batches),
+        data_iterator=step.micro_batches,
         model=model,
-        num_microbatches=len(step.micro_batches),
-        seq_length=step.micro_batches[0].positions,
+        num_microbatches=step.count,
+        seq_length=step.positions,
         micro_batch_size=1,
         forward_only=False,
     )
@@ -87,8 +87,8 @@ def train_step(
     )
 
 
-def _global_weight(step: DeviceStep) -> float:
+def _global_weight(step: DeviceStep, device: torch.device) -> float:
     """The learned tokens of the global batch, by their weight; at least a trifle, so that none at all is no error."""
-    total = sum(batch.loss_mask_T.sum(dtype=torch.float64) for batch in step.micro_batches)
+    total = torch.tensor(step.weight, dtype=torch.float64, device=device)
     dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
     return total.item() or 1.0

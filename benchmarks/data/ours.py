@@ -49,7 +49,7 @@ class Armillary:
     def images(self, folder: Path) -> Iterator[memoryview]:
         made = loader(folder / "armillary-images", "greedy", "images")
         for rows in _rows(made):
-            for piece in made.pieces(rows):
+            for piece in made.documents(rows):
                 yield piece.columns.image(piece.columns.image_offsets[piece.place])
 
 

@@ -1,4 +1,5 @@
 import itertools
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -48,7 +49,7 @@ def test_rows_hold_every_document_that_their_block_draws(tables, packing):
     rows, _ = loader.plan.rows(Cursor(block=3), block.packed.rows)
     batch = loader.batch(rows, with_images=False)
     image, seen, whole = loader.tokenizer.image, Counter(), {}
-    for piece in loader.pieces(rows):
+    for piece in loader.documents(rows):
         one, document = (
             lay_out(decoded(piece.columns, piece.place), image, SHAPE.positions),
             (piece.source, piece.number),
@@ -105,7 +106,7 @@ def test_no_change_of_the_number_of_ranks_loses_or_repeats_a_row(loader, changes
 def test_batches_hold_whole_documents_with_their_images(loader):
     rows, _ = loader.plan.rows(Cursor(), 8)
     batch = loader.batch(rows)
-    files = [data for piece in loader.pieces(rows) for _, data in decoded(piece.columns, piece.place).images]
+    files = [data for piece in loader.documents(rows) for _, data in decoded(piece.columns, piece.place).images]
     assert len(files) > 10
     assert np.array_equal(batch.patches_IND, np.stack([patchify(file, SHAPE) for file in files]))
     for start in batch.image_starts_I:
@@ -114,6 +115,18 @@ def test_batches_hold_whole_documents_with_their_images(loader):
     for low, high in itertools.pairwise(batch.cu_seqlens):
         assert np.array_equal(batch.positions_T[low:high], np.arange(high - low))
     assert set(batch.piece_sources) == {-1, 0, 1}
+
+
+@pytest.mark.parametrize("packing", ["greedy", "windows"])
+def test_damaged_text_is_not_trained_on(tables, shards, tmp_path, packing):
+    copy = shutil.copytree(shards, tmp_path / "shards")
+    (path,) = copy.glob("pydoc-*[0-9].arrow")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    loader = loader_of(tables, path=str(copy), sources=[{"kind": "pydoc"}], packing=packing)
+    with pytest.raises(DataError, match=r"batch \d+ of a shard is corrupted"):
+        loader.batch(loader.plan.rows(Cursor(), 2000)[0])
 
 
 def test_threads_decode_the_same_images(tables, loader):

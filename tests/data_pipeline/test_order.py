@@ -50,3 +50,5 @@ def test_epochs_keys_and_groups_differ():
     sizes = (50,) * 8
     assert len({shards(Order(sizes, 1, 2)), shards(Order(sizes, 1, 2), 1), shards(Order(sizes, 2, 2)),
                 shards(Order(sizes, 1, 4)), shards(Order(sizes, 1))}) == 5  # fmt: skip
+    one_shard = Order((50,), 1, 1)  # whose place is the same in every epoch
+    assert shards(one_shard) != shards(one_shard, 1)

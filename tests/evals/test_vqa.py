@@ -37,6 +37,7 @@ def test_every_question_is_packed_once_and_scored_as_a_whole(tokenizer):
     questions = easy_vqa_questions("test")[:150]
     packed = list(batches(questions, tokenizer, SHAPE, seq_length=128, at_once=40))
     assert [int((batch.piece_sources >= 0).sum()) for batch in packed] == [40, 40, 40, 30]
+    assert [len(batch.patches_IND) for batch in packed] == [40, 40, 40, 30]
     perfect = [score(batch.labels_T, batch) for batch in packed]
     assert sum(total for _, total in perfect) == 150
     assert sum(correct for correct, _ in perfect) == 150

@@ -98,13 +98,13 @@ def test_where_tells_steps_from_documents_and_back(job, armillary, tmp_path, mon
     run.event("launch", from_step=0)
     where, cursor = Where(run), Cursor()
     for step in range(1, 41):
-        _, cursor = where.loader.plan.rows(cursor, 100)
+        _, cursor = where.loader.plan.rows(cursor, 2)
         run.event("step", step=step, cursor=cursor.model_dump())
     where = Where(run)
     seen = {step: where.step(step) for step in (1, 2, 17, 40)}
     for step, documents in seen.items():
-        assert len({one["row"] for one in documents}) == 100
-        for one in documents[::97]:
+        assert len({one["row"] for one in documents}) == 2
+        for one in documents:
             assert step in where.document(one["source"], one["number"])
     number = seen[17][0]["number"]
     steps = list(where.document("texts", number))

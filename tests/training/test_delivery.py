@@ -8,6 +8,7 @@ import torch
 from armillary.data_pipeline.batch import PackedBatch
 from armillary.data_pipeline.cursor import Cursor
 from armillary.data_pipeline.loader import Loader
+from armillary.data_pipeline.plan import cut
 from armillary.errors import DataError
 from armillary.launcher.job import resolve
 from armillary.training.delivery import Delivery, DeviceBatch
@@ -26,19 +27,23 @@ def job(tables):
 def test_what_is_delivered_is_what_was_built(job):
     """All fields, over several steps and micro-batches, and the cursor."""
     delivery, loader, cursor = Delivery(job, Cursor(), 0, CPU), Loader(job.data, job.image_shape), Cursor()
-    images = 0
+    images, share = 0, job.parallel.micro_batch
     for _ in range(3):
         step = next(delivery)
         rows, cursor = loader.plan.rows(cursor, job.training.global_batch)
         assert step.after == cursor
-        whole = loader.batch(rows)
-        for name in ("tokens_T", "loss_mask_T", "last_labels", "piece_sources", "patches_IND"):
-            delivered = torch.cat([getattr(batch, name) for batch in step.micro_batches])
-            assert np.array_equal(delivered.numpy(), getattr(whole, name)), name
-        assert sum(batch.positions for batch in step.micro_batches) == len(whole.tokens_T)
-        images += len(whole.patches_IND)
+        delivered = list(step.micro_batches)
+        assert len(delivered) == step.count == job.training.global_batch // share > 1
+        for number, batch in enumerate(delivered):
+            built = loader.batch(cut(rows, number * share, share))
+            assert batch.positions == step.positions == len(built.tokens_T)
+            for field in fields(PackedBatch):
+                want, got = getattr(built, field.name), getattr(batch, field.name).numpy()
+                assert got.dtype == want.dtype
+                assert np.array_equal(got, want), field.name
+        assert step.weight == loader.batch(rows).loss_mask_T.sum()
+        images += len(loader.batch(rows).patches_IND)
     delivery.close()
-    assert len(step.micro_batches) > 1
     assert images
 
 
