@@ -161,8 +161,10 @@ def assemble(
 
 @functools.lru_cache(4)
 def _ones(count: int) -> np.ndarray:
-    """Shared: not to be written to."""
-    return np.ones(count, np.float32)
+    """Shared, so that it cannot be written to."""
+    ones = np.ones(count, np.float32)
+    ones.flags.writeable = False
+    return ones
 
 
 @functools.lru_cache(4)

@@ -28,7 +28,7 @@ from armillary.errors import DataError
 from armillary.files import write_whole
 from armillary.table import SealedTable
 
-AT_ONCE = 256  # documents that are tokenized together
+AT_ONCE, BYTES_AT_ONCE = 256, 16 << 20  # documents, and bytes of theirs, that are tokenized together
 
 
 class PartReport(SealedTable):
@@ -174,12 +174,14 @@ def _encoded(
 
 def _batches(task: Encode, dropped: dict[str, int], examples: list[str]) -> Iterator[list[Document]]:
     batch: list[Document] = []
+    held = 0
     for number, document in kept_documents(task.source, task.part, dropped, examples):
         if task.doubled is not None and number < len(task.doubled) and task.doubled[number]:
             dropped["copies"] = dropped.get("copies", 0) + 1
             continue
         batch.append(document)
-        if len(batch) == AT_ONCE:
+        held += sum(len(part.data if isinstance(part, Picture) else part.text) for part in document.parts)
+        if len(batch) == AT_ONCE or held >= BYTES_AT_ONCE:
             yield batch
-            batch = []
+            batch, held = [], 0
     yield batch

@@ -11,6 +11,8 @@ import numpy as np
 from armillary.data_pipeline.order import Order
 from armillary.data_pipeline.shuffle import key_of, permute
 
+ORDER = 2  # of this module and those that it stands on: raised where the same cursor comes to mean another row
+
 
 @dataclass(frozen=True)
 class Stage:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -64,9 +65,10 @@ def verify(path: Shards, as_json: AsJson = False) -> None:
     from armillary.data_pipeline.shards import read_manifest
     from armillary.data_pipeline.verify import verify as verify_shards
 
-    folder = open_folder(path)
-    manifest = read_manifest(folder)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with tempfile.TemporaryDirectory() as place, Progress(console=Console(stderr=True), transient=True) as progress:
+        manifest = read_manifest(open_folder(path, place))
+        sizes = [shard.bytes + shard.index_bytes for shards in manifest.sources.values() for shard in shards]
+        folder = open_folder(path, place, 2 * max(sizes))  # what the cache of this machine holds is another matter
         task = progress.add_task("bytes", total=None)
         found = verify_shards(folder, manifest, lambda done, total: progress.update(task, completed=done, total=total))
     shards = sum(map(len, manifest.sources.values()))

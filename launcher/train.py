@@ -10,6 +10,7 @@ from armillary.data_pipeline.build import ensure_built
 from armillary.data_pipeline.cursor import Cursor
 from armillary.data_pipeline.folder import open_folder
 from armillary.data_pipeline.loader import Loader
+from armillary.data_pipeline.mixture import ORDER
 from armillary.data_pipeline.plan import BLOCK_ROWS
 from armillary.data_pipeline.shards import read_manifest as read_data_manifest
 from armillary.data_pipeline.sources.easy_vqa import easy_vqa_questions
@@ -100,7 +101,13 @@ def resume(path: Path, overrides: list[str], stop_at: int, console: Console) -> 
 
 def resumable_job(run: Run, job: Job) -> Job:
     """`job` if the run can go on with it; JobError or DataError if its model or data would be other ones."""
-    before, cursor = run.job(), read_manifest(run.latest()).state.cursor if run.has_checkpoint else Cursor()
+    state = read_manifest(run.latest()).state if run.has_checkpoint else None
+    if state is not None and state.data_order != ORDER:
+        raise DataError(
+            f"the checkpoint was made with order {state.data_order} of the data, this version has {ORDER}", run.path,
+            "go on with the version that made it, or start a new run",
+        )  # fmt: skip
+    before, cursor = run.job(), state.cursor if state is not None else Cursor()
     free = {*FREE, "data.schedule"} if _planned(before, cursor) == _planned(job, cursor) else set(FREE)
     for table in KEPT_BY_RESUME:
         old, new = getattr(before, table).model_dump(), getattr(job, table).model_dump()

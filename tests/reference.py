@@ -89,7 +89,7 @@ class Reference(nn.Module):
         dtype = self.w("output.weight").dtype
         total = 0.0
         for start, stop in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True):
-            mask = torch.from_numpy(batch.loss_mask_T[start:stop]).to(dtype)
+            mask = torch.tensor(batch.loss_mask_T[start:stop], dtype=dtype)
             if not mask.any():
                 continue
             inside = [i for i, at in enumerate(batch.image_starts_I) if start <= at < stop]

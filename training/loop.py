@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from armillary.data_pipeline.cursor import Cursor
+from armillary.data_pipeline.mixture import ORDER
 from armillary.errors import CheckpointError, RunError
 from armillary.model.coordinates import initialize, placements
 from armillary.model.multimodal import MultimodalModel
@@ -106,6 +107,7 @@ class Trainer:
         state = State(
             step=self.step,
             cursor=self.cursor,
+            data_order=ORDER,
             tokens=self.tokens,
             loss=self.loss,
             run=self.assignment.run,

@@ -4,9 +4,10 @@ import pytest
 
 from armillary.data_pipeline.cursor import Cursor
 from armillary.data_pipeline.folder import LocalFolder
+from armillary.data_pipeline.mixture import ORDER
 from armillary.data_pipeline.plan import BLOCK_ROWS
 from armillary.data_pipeline.shards import read_manifest
-from armillary.errors import JobError
+from armillary.errors import DataError, JobError
 from armillary.launcher.job import resolve
 from armillary.launcher.run import Run
 from armillary.launcher.train import resumable_job
@@ -19,15 +20,20 @@ BLOCK = BLOCK_ROWS * 128  # positions of a block of the tiny job
 def run(tables, shards, tmp_path):
     """A run whose checkpoint stands in the third block."""
     run = Run.create(tmp_path / "run", resolve(tables, "test"), read_manifest(LocalFolder(shards)))
+    checkpoint_of(run, ORDER)
+    return run
+
+
+def checkpoint_of(run, order):
     state = State(
-        step=5, cursor=Cursor(block=2, row=7), tokens=1, loss=1.0, run="run", job_hash="", job={}, saved_at=0.0
-    )
+        step=5, cursor=Cursor(block=2, row=7), data_order=order, tokens=1, loss=1.0, run="run", job_hash="", job={},
+        saved_at=0.0,
+    )  # fmt: skip
     checkpoint = run.path / "checkpoints" / "step-00000005"
-    checkpoint.mkdir(parents=True)
+    checkpoint.mkdir(parents=True, exist_ok=True)
     manifest = Manifest(format=FORMAT, dtype="float32", state=state, chunks=()).sealed()
     (checkpoint / MANIFEST).write_text(manifest.model_dump_json())
     (run.path / "latest").write_text(checkpoint.name)
-    return run
 
 
 def changed(run, *overrides):
@@ -43,6 +49,12 @@ def test_the_schedule_may_change_where_no_data_was_drawn_yet(run):
     for position in (1, BLOCK, 2 * BLOCK):
         with pytest.raises(JobError, match=r"another data\.schedule"):
             changed(run, schedule(position))
+
+
+def test_a_checkpoint_of_another_order_of_the_data_is_refused(run):
+    checkpoint_of(run, ORDER - 1)
+    with pytest.raises(DataError, match=f"made with order {ORDER - 1} of the data"):
+        changed(run)
 
 
 def test_threads_may_change_and_what_makes_the_data_may_not(run):

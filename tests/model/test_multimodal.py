@@ -92,7 +92,7 @@ def inputs_of(batch):
 
 def summed_loss(model, batch):
     losses = token_losses(model(inputs_of(batch)), torch.from_numpy(batch.labels_T).long())
-    return (losses * torch.from_numpy(batch.loss_mask_T)).sum()
+    return (losses * torch.tensor(batch.loss_mask_T)).sum()
 
 
 def gradients(model, loss):

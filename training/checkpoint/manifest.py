@@ -39,6 +39,7 @@ class State(Table):
 
     step: int
     cursor: Cursor
+    data_order: int = 1  # see data_pipeline.mixture.ORDER
     tokens: int
     loss: float
     run: str
