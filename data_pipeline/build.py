@@ -146,7 +146,12 @@ def _build_into(work: Path, config: DataConfig, progress: Progress, each: Each) 
     sources = {name: [reports[name, number] for number in range(len(parts[name]))] for name in parts}
     for source in config.sources:
         if not any(report.shards for report in sources[source.name]):
-            raise DataError(f"the source {source.name} holds no documents", source.path, "remove it from data.sources")
+            summed = _summed(sources[source.name])
+            dropped = "; ".join(f"{count:,} dropped: {reason}" for reason, count in summed.dropped.items())
+            raise DataError(
+                f"the source {source.name} holds no documents" + (f" ({dropped})" if dropped else ""), source.path,
+                f"see {summed.examples[0]}" if summed.examples else "correct its keys, or remove it from data.sources",
+            )  # fmt: skip
     text = tokenizer.to_json()
     manifest = Manifest(
         format=FORMAT,

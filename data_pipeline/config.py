@@ -29,6 +29,12 @@ class SourceConfig(Table):
     max_chars: int = Field(10_000_000, ge=1, description="documents with more characters are dropped")
     quality: bool = Field(False, description="drop texts that break the Gopher rules for prose")
 
+    @model_validator(mode="after")
+    def _has_path(self):
+        if not self.path and self.kind not in ("easy_vqa", "pydoc"):
+            raise ValueError(f"a source of kind {self.kind} needs a path")
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _named(cls, given):

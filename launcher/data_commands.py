@@ -40,8 +40,8 @@ def build(
         manifest = ensure_built(job.data)
         console.print("the shards are there already", highlight=False)
     else:
-        each = spread(address or job.cluster.address, workers or os.cpu_count() or 1)
-        manifest = build_shards(job.data, lambda *done: say_built(console, *done), force, each)
+        with spread(address or job.cluster.address, workers or os.cpu_count() or 1) as each:
+            manifest = build_shards(job.data, lambda *done: say_built(console, *done), force, each)
     if as_json:
         reports = {source: report.model_dump() for source, report in manifest.reports.items()}
         print(json.dumps({"path": job.data.path, "sources": reports}))

@@ -1,26 +1,35 @@
 """Working on many items at once, over the processors of a Ray cluster or of this machine."""
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 
 from armillary.launcher import cluster
 
+ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
-def spread(address: str, workers: int) -> Callable[[Callable, Iterable], Iterator]:
-    """A `map` that gives results as they come, `workers` at a time; Ray is started only if there is more than one item.
 
-    address: of a Ray cluster to join; empty: this machine. An error of one item is raised here, and ends the others.
+@contextlib.contextmanager
+def spread(address: str, workers: int) -> Iterator[Callable[[Callable, Iterable], Iterator]]:
+    """Within, a `map` that gives results as they come, `workers` at a time.
+
+    address: of a Ray cluster to join; empty: this machine. Ray is started once, and only for more than one item. An
+    error of one item is raised, and ends the others.
     """
+    with contextlib.ExitStack() as session:
+        connected = False
 
-    def each(function: Callable, items: Iterable) -> Iterator:
-        waiting = list(items)
-        if workers == 1 or len(waiting) < 2:
-            yield from map(function, waiting)
-            return
-        with cluster.connected(address, min(workers, len(waiting))):
+        def each(function: Callable, items: Iterable) -> Iterator:
+            nonlocal connected
+            waiting = list(items)
+            if workers == 1 or len(waiting) < 2:
+                yield from map(function, waiting)
+                return
+            if not connected:
+                session.enter_context(cluster.connected(address, workers))
+                connected = True
             import ray
 
-            environment = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-            remote = ray.remote(num_cpus=1, max_retries=0, runtime_env={"env_vars": environment})(function)
+            remote = ray.remote(num_cpus=1, max_retries=0, runtime_env={"env_vars": ENVIRONMENT})(function)
             running = []
             while waiting or running:
                 while waiting and len(running) < workers:
@@ -31,4 +40,4 @@ def spread(address: str, workers: int) -> Callable[[Callable, Iterable], Iterato
                 except ray.exceptions.RayTaskError as error:
                     raise error.cause from None
 
-    return each
+        yield each

@@ -54,7 +54,7 @@ class Armillary:
 
 
 def loader(path: Path, packing: str, source: str) -> Loader:
-    sources = [{"kind": "jsonl", "name": source}]
+    sources = [{"kind": "jsonl", "name": source, "path": "benchmarks"}]
     config = {"path": str(path), "sources": sources, "seq_length": corpora.SEQ_LENGTH, "packing": packing}
     return Loader(DataConfig.model_validate(config), SHAPE)
 

@@ -21,8 +21,13 @@ def parts(source: SourceConfig) -> list[Part]:
 
 def read(source: SourceConfig, part: Part) -> Iterator[Record]:
     """A record a sample: its `.json`, or its `.txt` caption, with its image."""
-    path = Path(part.files[0])
+    path, seen = Path(part.files[0]), set()
     for key, members in itertools.groupby(_members(path), key=lambda member: member[0]):
+        if key in seen:
+            raise DataError(
+                f"the files of {key} are not next to each other", path, "write the tar anew: tar --sort=name ..."
+            )
+        seen.add(key)
         files = {ending: data for _, ending, data in members}
         yield Record(f"{path.name}:{key}", path.parent, functools.partial(_record, files, source))
 

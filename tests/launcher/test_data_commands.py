@@ -88,6 +88,15 @@ def test_a_build_over_processes_stops_at_the_first_bad_record(job, armillary, tm
     assert sorted(p.name for p in tmp_path.iterdir()) == ["job.toml", "pictures", "texts"]
 
 
+def test_copies_are_found_over_processes(job, armillary, tmp_path):
+    """Two rounds of work, scanning and encoding, in one command."""
+    text = (tmp_path / "texts" / "2.jsonl").read_text()
+    (tmp_path / "texts" / "9.jsonl").write_text(text)
+    built = armillary("data", "build", job, "--workers", "2", "data.dedup=near", "--json")
+    assert built.returncode == 0, built.stderr
+    assert json.loads(built.stdout)["sources"]["texts"]["dropped"]["copies"] >= len(text.splitlines())
+
+
 def test_where_tells_steps_from_documents_and_back(job, armillary, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert armillary("data", "build", job, "--workers", "1").returncode == 0

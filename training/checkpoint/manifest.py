@@ -9,7 +9,7 @@ from armillary.data_pipeline.cursor import Cursor
 from armillary.errors import CheckpointError
 from armillary.table import SealedTable, Table
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, saved with every weight
 
@@ -39,7 +39,7 @@ class State(Table):
 
     step: int
     cursor: Cursor
-    data_order: int = 1  # see data_pipeline.mixture.ORDER
+    data_order: int  # see data_pipeline.mixture.ORDER
     tokens: int
     loss: float
     run: str
@@ -66,15 +66,17 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a committed checkpoint; CheckpointError where there is none or it is damaged."""
     path, other = folder / MANIFEST, "resume from another checkpoint of the run"
     try:
-        manifest = Manifest.model_validate(json.loads(path.read_text()))
+        tables = json.loads(path.read_text())
+        if isinstance(tables, dict) and tables.get("format", FORMAT) != FORMAT:
+            raise CheckpointError(
+                f"the checkpoint is of format {tables['format']}, this version reads {FORMAT}", path,
+                "use the version that wrote it, or start a new run",
+            )  # fmt: skip
+        manifest = Manifest.model_validate(tables)
     except FileNotFoundError:
         raise CheckpointError("there is no complete checkpoint here", folder, other) from None
     except (ValidationError, ValueError) as error:
         raise CheckpointError(f"the manifest cannot be read: {str(error).splitlines()[0]}", path, other) from None
-    if manifest.format != FORMAT:
-        raise CheckpointError(
-            f"the checkpoint is of format {manifest.format}, this version reads {FORMAT}", path, other
-        )
     if not manifest.intact:
         raise CheckpointError("the manifest is damaged: its checksum does not fit", path, other)
     for chunk in manifest.chunks:
