@@ -97,9 +97,15 @@ def build(
 
 def ensure_built(config: DataConfig, progress: Progress = lambda source, done, parts: None) -> Manifest:
     """The manifest of the shards that `config` asks for; they are built where there are none."""
-    folder = open_folder(config.path, config.cache, config.cache_bytes)
     if not is_url(config.path) and not Path(config.path).exists():
         build(config, progress)
+    return built(config)
+
+
+def built(config: DataConfig) -> Manifest:
+    """The manifest of the shards that are at `config.path`; DataError where they are none, or other ones than `config`
+    asks for."""
+    folder = open_folder(config.path, config.cache, config.cache_bytes)
     manifest = read_manifest(folder)
     wanted = json.loads(json.dumps(built_from(config)))
     if manifest.built_from != wanted:

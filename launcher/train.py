@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from armillary.data_pipeline.build import ensure_built
+from armillary.data_pipeline.build import built, ensure_built
 from armillary.data_pipeline.cursor import Cursor
 from armillary.data_pipeline.folder import open_folder
 from armillary.data_pipeline.loader import Loader
@@ -117,7 +117,7 @@ def resumable_job(run: Run, job: Job) -> Job:
                 f"a run cannot be resumed with another {', '.join(changed)}", run.path / "job.toml",
                 "leave it as it was, or start a new run",
             )  # fmt: skip
-    if read_data_manifest(open_folder(job.data.path, job.data.cache, job.data.cache_bytes)) != run.data():
+    if built(job.data) != run.data():
         raise DataError("these are not the shards that the run was trained on", job.data.path, "restore those shards")
     check_readable(job)
     return job

@@ -57,6 +57,12 @@ def test_a_checkpoint_of_another_order_of_the_data_is_refused(run):
         changed(run)
 
 
+def test_a_resume_builds_nothing(run, tmp_path):
+    with pytest.raises(DataError, match="no shards here"):
+        changed(run, f'data.path="{tmp_path}/nowhere"')
+    assert not (tmp_path / "nowhere").exists()
+
+
 def test_threads_may_change_and_what_makes_the_data_may_not(run):
     assert changed(run, "data.threads=7").data.threads == 7
     for override in ("data.packing=best_fit", "data.shuffle_shards=2", "data.seq_length=256", "model.depth=4"):
