@@ -1,8 +1,8 @@
-"""Maps the folders on top to sub-packages of `armillary`; everything else is in pyproject.toml."""
+"""Maps the folders on top to sub-packages of `armillary`, and compiles what is in C; the rest: pyproject.toml."""
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 HERE = Path(__file__).parent
 TOP = ("launcher", "model", "kernels", "data_pipeline", "training", "evals")
@@ -13,4 +13,6 @@ for top in TOP:
         folder = init.parent.relative_to(HERE)
         folders[".".join(("armillary", *folder.parts))] = folder.as_posix()
 
-setup(packages=list(folders), package_dir=folders)
+gather = Extension("armillary.data_pipeline.gather", ["data_pipeline/gather.c"], py_limited_api=True)
+
+setup(packages=list(folders), package_dir=folders, ext_modules=[gather])

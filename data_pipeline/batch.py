@@ -5,11 +5,11 @@ import collections
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from operator import getitem
 
 import numpy as np
 
 from armillary.data_pipeline.document import LEARNED
+from armillary.data_pipeline.gather import gather
 from armillary.data_pipeline.images import ImageShape, patchify
 from armillary.data_pipeline.shards import Columns
 from armillary.data_pipeline.shuffle import key_of
@@ -58,39 +58,6 @@ class PackedBatch:
 
 
 @dataclass(frozen=True)
-class Stretches:
-    """Tokens [begins[i], ends[i]) of files[i], one behind the other. A file is a view of numbers of 16 or 32 bits."""
-
-    files: list[memoryview]
-    begins: list[int]
-    ends: list[int]
-
-    def joined(self, dtype: np.dtype) -> np.ndarray:
-        """A copy of all of them: by memcpy, without an array for each, which halves the time."""
-        return np.frombuffer(bytearray().join(map(getitem, self.files, map(slice, self.begins, self.ends))), dtype)
-
-    def behind(self, dtype: np.dtype) -> np.ndarray:
-        """The token that stands behind each."""
-        return np.fromiter(map(getitem, self.files, self.ends), dtype, len(self.ends))
-
-    def cut(self, first: int, last: int) -> "Stretches":
-        """Those from `first` up to `last`."""
-        return Stretches(self.files[first:last], self.begins[first:last], self.ends[first:last])
-
-    def extend(self, other: "Stretches", first: int = 0, last: int | None = None) -> None:
-        """Add those from `first` up to `last` of others."""
-        self.files.extend(other.files[first:last])
-        self.begins.extend(other.begins[first:last])
-        self.ends.extend(other.ends[first:last])
-
-    def append(self, file: memoryview, begin: int, end: int) -> None:
-        """Add one."""
-        self.files.append(file)
-        self.begins.append(begin)
-        self.ends.append(end)
-
-
-@dataclass(frozen=True)
 class Laid:
     """A piece of a document with images, roles or a weight: its input positions [start, stop)."""
 
@@ -105,14 +72,31 @@ class Laid:
 class Pieces:
     """What a batch is made of, one piece behind the other. Padding is a piece of source -1, over `blank`.
 
-    A piece's stretch holds its tokens, and behind it stands the label of its last position. A piece that `laid` has is
-    made of more than its tokens; its stretch is an empty one of `blank`.
+    A piece is a stretch of tokens in memory, and behind it stands the label of its last position. A piece that `laid`
+    has is made of more; its own stretch is an empty one of `blank`.
     """
 
     bounds: np.ndarray  # int64 [pieces + 1]: positions up to each piece, and in all
     source: np.ndarray  # int32
-    stretches: Stretches
+    address: np.ndarray  # int64: where its tokens begin
+    count: np.ndarray  # int64: how many
+    held: list  # what owns the memory, which stays for so long
     laid: dict[int, Laid] = field(default_factory=dict)
+
+
+def joined(parts: list[Pieces]) -> Pieces:
+    """The pieces of several parts behind each other."""
+    if len(parts) == 1:
+        return parts[0]
+    laid, bounds, count, before = {}, [np.zeros(1, np.int64)], 0, 0
+    for part in parts:
+        laid |= {count + number: piece for number, piece in part.laid.items()}
+        bounds.append(before + part.bounds[1:])
+        count += len(part.count)
+        before += int(part.bounds[-1])
+    columns = ([getattr(part, name) for part in parts] for name in ("source", "address", "count"))
+    held = [owner for part in parts for owner in part.held]
+    return Pieces(np.concatenate(bounds), *map(np.concatenate, columns), held, laid)
 
 
 def assemble(
@@ -129,27 +113,26 @@ def assemble(
     `with_images=False` leaves the patches out, for a rank that never sees them. `each` is `map`, or that of a pool
     of threads: it decodes the images.
     """
-    bounds = pieces.bounds
+    bounds, address, count = pieces.bounds, pieces.address, pieces.count
     mask_T = _ones(int(bounds[-1]))
     padding = (pieces.source < 0).nonzero()[0].tolist()
     if pieces.laid or padding:
         mask_T = mask_T.copy()
-    stretches, labels, images = pieces.stretches, {}, []
-    if pieces.laid:
-        stretches, done = Stretches([], [], []), 0
-        for number, piece in sorted(pieces.laid.items()):
-            stretches.extend(pieces.stretches, done, number)
-            labels[number], found = _lay(piece, int(bounds[number]), shape, image_token, stretches, mask_T)
-            images += found
-            done = number + 1
-        stretches.extend(pieces.stretches, done)
-    last_labels = pieces.stretches.behind(dtype)
-    for number, label in labels.items():
-        last_labels[number] = label
+    laid = {
+        number: _lay(piece, int(bounds[number]), shape, image_token, mask_T) for number, piece in pieces.laid.items()
+    }
+    if laid:
+        address, count, last = _spliced(pieces, laid)
+    tokens_T, last_labels = np.empty(len(mask_T), dtype), np.empty(len(count), dtype)
+    gather(address, count, dtype.itemsize, tokens_T, last_labels)
+    if laid:
+        last_labels = last_labels[last]
+        last_labels[list(laid)] = [piece.label for piece in laid.values()]
     for number in padding:
         mask_T[bounds[number] : bounds[number + 1]] = 0
+    images = [image for _, piece in sorted(laid.items()) for image in piece.images]
     return PackedBatch(
-        tokens_T=stretches.joined(dtype),
+        tokens_T=tokens_T,
         last_labels=last_labels,
         loss_mask_T=mask_T,
         cu_seqlens=bounds.astype(np.int32),
@@ -157,6 +140,18 @@ def assemble(
         patches_IND=_patches(images if with_images else [], shape, each),
         image_starts_I=np.array([image.place for image in images], np.int64),
     )
+
+
+def _spliced(pieces: Pieces, laid: dict[int, "_LaidOut"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The addresses and counts of all stretches, and which of them is the last of each piece."""
+    stretches = np.ones(len(pieces.count), np.int64)
+    stretches[list(laid)] = [len(piece.stretches) for piece in laid.values()]
+    last = np.cumsum(stretches) - 1
+    address, count = np.repeat(pieces.address, stretches), np.repeat(pieces.count, stretches)
+    for number, piece in laid.items():
+        where = slice(last[number] + 1 - len(piece.stretches), last[number] + 1)
+        address[where], count[where] = zip(*piece.stretches, strict=True)
+    return address, count, last
 
 
 @functools.lru_cache(4)
@@ -173,10 +168,15 @@ def _numbers(count: int) -> np.ndarray:
     return np.arange(count, dtype=np.int32)
 
 
-@functools.lru_cache(8)
-def blank(count: int, dtype: np.dtype, token: int = 0) -> memoryview:
-    """A token, `count` times and once more."""
-    return memoryview(np.full(count + 1, token, dtype))
+@functools.cache
+def blank(count: int, dtype: np.dtype, token: int = 0) -> np.ndarray:
+    """A token, `count` times and once more. It is never freed, so that its address can be handed on."""
+    return np.full(count + 1, token, dtype)
+
+
+def address_of(array: np.ndarray) -> int:
+    """Where an array's numbers begin in memory."""
+    return array.__array_interface__["data"][0]
 
 
 def whole_documents(columns: Columns, seq_length: int, shape: ImageShape) -> Pieces:
@@ -196,9 +196,9 @@ def whole_documents(columns: Columns, seq_length: int, shape: ImageShape) -> Pie
     if room:
         length.append(room)
         source.append(-1)
-    ends = [0 if number in laid else count for number, count in enumerate(length)]
-    nothing = Stretches([blank(seq_length, columns.tokens.dtype)] * len(length), [0] * len(length), ends)
-    return Pieces(np.cumsum([0, *length]), np.array(source, np.int32), nothing, laid)
+    address = np.full(len(length), address_of(blank(seq_length, columns.tokens.dtype)))
+    count = np.where(np.array(source) < 0, length, 0)
+    return Pieces(np.cumsum([0, *length]), np.array(source, np.int32), address, count, [columns], laid)
 
 
 @dataclass(frozen=True)
@@ -208,27 +208,31 @@ class _Image:
     variation: int | None
 
 
-def _lay(
-    piece: Laid, at: int, shape: ImageShape, image_token: int, stretches: Stretches, mask_T: np.ndarray
-) -> tuple[int, list[_Image]]:
-    """Lay one piece. Position p of the document goes to at + p - start of the batch; an image takes several.
+@dataclass(frozen=True)
+class _LaidOut:
+    stretches: list[tuple[int, int]]  # (address, count)
+    label: int  # of its last position
+    images: list[_Image]
 
-    Returns the label of its last position, and its images.
-    """
+
+def _lay(piece: Laid, at: int, shape: ImageShape, image_token: int, mask_T: np.ndarray) -> _LaidOut:
+    """Lay one piece. Position p of the document goes to at + p - start of the batch; an image takes several."""
     columns, row, start, stop, width = piece.columns, piece.row, piece.start, piece.stop, shape.positions
     first, length = int(columns.offsets[row]), int(columns.offsets[row + 1] - columns.offsets[row])
     numbers = range(columns.image_offsets[row], columns.image_offsets[row + 1])
     image_tokens = columns.image_at[numbers.start : numbers.stop].tolist()
-    shift, begin, label, found = at - start, 0, image_token, []
+    dtype = columns.tokens.dtype
+    image = address_of(blank(width, dtype, image_token))
+    shift, begin, label, stretches, found = at - start, 0, image_token, [], []
     for k, end in enumerate([*image_tokens, length]):  # tokens [begin, end) stand behind k images
         wider = k * (width - 1)
         low, high = max(begin + wider, start), min(end + wider, stop)
         if low < high:
-            stretches.append(columns.token_view, low + first - wider, high + first - wider)
+            stretches.append((columns.address + (low + first - wider) * dtype.itemsize, high - low))
         if begin + wider <= stop < end + wider:
             label = int(columns.tokens[first + stop - wider])
         if k < len(numbers) and start <= end + wider < stop:
-            stretches.append(blank(width, columns.tokens.dtype, image_token), 0, min(width, stop - end - wider))
+            stretches.append((image, min(width, stop - end - wider)))
             variation = int(key_of(piece.variation, numbers[k])) if piece.variation else None
             found.append(_Image(end + wider + shift, columns.image(numbers[k]), variation))
         begin = end + 1
@@ -240,10 +244,17 @@ def _lay(
             wider = bisect.bisect_left(image_tokens, begin) * (width - 1) - 1  # the label stands a position earlier
             mask_T[max(begin + wider, start) + shift : max(min(end + wider, stop), start) + shift] = weight
         begin = end
-    return label, found
+    return _LaidOut(stretches, label, found)
+
+
+@functools.cache
+def _no_patches(shape: ImageShape) -> np.ndarray:
+    return np.empty((0, shape.patches, shape.patch_dim), np.uint8)
 
 
 def _patches(images: list[_Image], shape: ImageShape, each: Callable[[Callable, Iterable], Iterable]) -> np.ndarray:
+    if not images:
+        return _no_patches(shape)
     patches = np.empty((len(images), shape.patches, shape.patch_dim), np.uint8)
 
     def fill(number: int) -> None:

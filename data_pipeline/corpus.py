@@ -1,9 +1,9 @@
 """One source's documents by number, from memory-mapped shards."""
 
 import functools
+import itertools
 import weakref
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -61,20 +61,19 @@ class Corpus:
 
     def look_up(self, documents: np.ndarray) -> "Entries":
         """What the indexes say of `documents` (int64 [n]); no batch is read."""
-        found = Entries(*(np.empty(len(documents), np.int64) for _ in range(6)))
-        for shard, which, rows in self._by_shard(documents):
-            reader = self.reader(shard)
-            batch = np.searchsorted(reader.batch_ends, rows, side="right")
-            found.tokens[which], found.images[which] = reader.tokens[rows], reader.images[rows]
-            found.first[which] = reader.first[rows]
-            found.shard[which], found.batch[which] = shard, batch
+        numbers, order = _sorted(documents)  # each shard's are a stretch, and its index is read from front to back
+        shard = np.searchsorted(self._ends, numbers, side="right")
+        found = Entries(*(np.empty(len(documents), np.int64) for _ in range(5)), shard)
+        begins = np.flatnonzero(np.diff(shard, prepend=-1)).tolist()
+        for begin, end in itertools.pairwise([*begins, len(documents)]):
+            reader, which = self.reader(int(shard[begin])), slice(begin, end)
+            rows = numbers[which] - (self._ends[shard[begin]] - len(reader.tokens))
+            found.batch[which] = batch = np.searchsorted(reader.batch_ends, rows, side="right")
             found.row[which] = rows - reader.batch_begins[batch]
-        return found
-
-    def _by_shard(self, documents: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        for shard, which in groups(np.searchsorted(self._ends, documents, side="right")):
-            begin = int(self._ends[shard - 1]) if shard else 0
-            yield shard, which, documents[which] - begin
+            found.tokens[which] = reader.tokens[rows]
+            found.images[which] = reader.images[rows]
+            found.first[which] = reader.first[rows]
+        return found.take(inverse(order))
 
     def _reader(self, shard: int) -> ShardReader:
         """One that somebody still holds is not opened again, so that what was checked is what is read."""
@@ -91,14 +90,30 @@ class Entries:
     tokens: np.ndarray
     images: np.ndarray
     first: np.ndarray
-    shard: np.ndarray
     batch: np.ndarray
     row: np.ndarray  # in its batch
+    shard: np.ndarray
+
+    def take(self, which: np.ndarray) -> "Entries":
+        """Those that `which` (int64) names, in its order."""
+        return Entries(*(getattr(self, field.name).take(which) for field in fields(self)))
 
 
-def groups(keys: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """(key, where it stands in `keys`) of each distinct key, in order."""
-    order = np.argsort(keys, kind="stable")
-    cuts = np.flatnonzero(np.diff(keys[order])) + 1
-    for which in np.split(order, cuts) if len(keys) else ():
-        yield int(keys[which[0]]), which
+def _sorted(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers (int64 [n], n * the largest < 2^62) in ascending order, and where each was: sorting both as one number
+    takes a fifth of the time of an argsort."""
+    bits = len(numbers).bit_length()
+    both = np.sort(numbers << bits | np.arange(len(numbers)))
+    return both >> bits, both & ((1 << bits) - 1)
+
+
+def joined(parts: list[Entries]) -> Entries:
+    """The entries of several parts behind each other."""
+    return Entries(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Entries)))
+
+
+def inverse(order: np.ndarray) -> np.ndarray:
+    """The permutation that undoes `order` (int64 [n])."""
+    back = np.empty_like(order)
+    back[order] = np.arange(len(order))
+    return back

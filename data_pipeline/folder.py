@@ -56,6 +56,14 @@ def open_folder(path: str | Path, cache: str = "", cache_bytes: int = CACHE_BYTE
     return LocalFolder(Path(path))
 
 
+def open_checked(folder: Folder, name: str, size: int, xxh3: str, what: str) -> pa.Buffer:
+    """A file mapped into memory; DataError, which says `what` it is, unless it has the checksum `xxh3`."""
+    content = folder.open(name, size, xxh3)
+    if (found := xxhash.xxh3_64_hexdigest(content)) != xxh3:
+        raise DataError(f"{what} is corrupted: checksum {found}, manifest {xxh3}", folder.at(name), folder.remedy)
+    return content
+
+
 def is_url(path: str) -> bool:
     """Whether a path is on another machine."""
     return "://" in path

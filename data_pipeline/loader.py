@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import functools
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,15 +10,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from armillary.data_pipeline.batch import Laid, PackedBatch, Pieces, Stretches, assemble, blank
+from armillary.data_pipeline.batch import PackedBatch, assemble, joined
 from armillary.data_pipeline.config import DataConfig
-from armillary.data_pipeline.corpus import OPEN, Corpus, groups
+from armillary.data_pipeline.corpus import OPEN, Corpus
 from armillary.data_pipeline.cursor import Cursor
 from armillary.data_pipeline.folder import Folder, is_url, open_folder
 from armillary.data_pipeline.images import ImageShape
+from armillary.data_pipeline.locate import Locator
 from armillary.data_pipeline.plan import Planner, Rows, cut
-from armillary.data_pipeline.shards import Columns, Manifest, ShardReader, read_manifest, schema_of
-from armillary.data_pipeline.shuffle import key_of, mix
+from armillary.data_pipeline.shards import Columns, Manifest, read_manifest, schema_of
 from armillary.data_pipeline.tokenizer import Tokenizer
 from armillary.data_pipeline.windows import Windows
 from armillary.errors import DataError
@@ -72,9 +71,8 @@ class Loader:
         self.plan = Planner(config, self.corpora, shape)
         if self._remote:
             self._check_cache()
-        self._augment = np.array([source.augment for source in config.sources])
         self._pool = ThreadPoolExecutor(threads, "decode") if threads > 1 else None
-        self._located = functools.lru_cache(2)(self._locate)  # a step may end one block and begin another
+        self._locator = Locator(config, self.corpora, self._dtype)
 
     def _corpus(self, folder: Folder, manifest: Manifest, source: str) -> Corpus | Windows:
         corpus = Corpus(folder, manifest, source, self.tokenizer, OPEN_FETCHED if self._remote else OPEN)
@@ -87,11 +85,9 @@ class Loader:
         the pieces' bounds: then no shard is read."""
         if not with_tokens:
             return self._bounds(rows)
-        parts = [self._pieces(part) for part in rows]
+        pieces = joined([self._locator.pieces(part) for part in rows])
         each = self._pool.map if self._pool else map
-        return assemble(
-            _joined(parts), self._dtype, self._shape, self.tokenizer.image, with_images=with_images, each=each
-        )
+        return assemble(pieces, self._dtype, self._shape, self.tokenizer.image, with_images=with_images, each=each)
 
     def steps(
         self,
@@ -155,7 +151,11 @@ class Loader:
     def _shards_of(self, block: int) -> list[tuple[int, int]]:
         """(source, shard) of all documents of a block."""
         source, document = self.plan.mixture.block(block)
-        return [(s, n) for s, which in groups(source) for n in self.corpora[s].shards_of(document[which]).tolist()]
+        return [
+            (number, shard)
+            for number, corpus in enumerate(self.corpora)
+            for shard in corpus.shards_of(document[source == number]).tolist()
+        ]
 
     def _check_cache(self) -> None:
         """DataError where the cache cannot hold a block and the next: shards would be fetched again and again."""
@@ -186,80 +186,3 @@ class Loader:
             ):
                 columns = self.corpora[source].columns(shard, batch)
                 yield Piece(place // seq_length, place, source, number, low, high, columns, row)
-
-    def _pieces(self, rows: Rows) -> Pieces:
-        """What rows are made of. The batches that they need are checked here."""
-        first, last = rows.pieces
-        block, located = rows.block, self._located(rows.block.number)
-        packed = block.packed
-        unchecked = first + located.unchecked[first:last].nonzero()[0]
-        for number in unchecked.tolist():
-            located.readers[located.reader[number]].check(block.batch_of(packed.document[number])[2])
-        located.unchecked[unchecked] = False
-        laid = {}
-        for number in (first + located.laid[first:last].nonzero()[0]).tolist():
-            source, shard, batch = block.batch_of(packed.document[number])
-            laid[number - first] = Laid(
-                self.corpora[source].columns(shard, batch),
-                int(block.entries.row[packed.document[number]]),
-                int(packed.start[number]),
-                int(packed.stop[number]),
-                int(located.variation[number]),
-            )
-        bounds = located.bounds[first : last + 1] - located.bounds[first]
-        return Pieces(bounds, located.source[first:last], located.stretches.cut(first, last), laid)
-
-    def _locate(self, number: int) -> "_Located":
-        block = self.plan.block(number)
-        packed, entries, of = block.packed, block.entries, block.packed.document
-        source = np.where(of < 0, -1, block.source[of]).astype(np.int32)
-        compressed = np.array([corpus.compressed for corpus in self.corpora])
-        laid = (of >= 0) & ((entries.first[of] < 0) | compressed[source])
-        begins, unchecked = np.zeros(len(of), np.int64), np.zeros(len(of), bool)
-        readers, reader_of = [], np.full(len(of), -1)
-        plain = np.flatnonzero((of >= 0) & ~laid)
-        for s, of_source in groups(source[plain]):
-            for shard, mine in groups(entries.shard[of[plain[of_source]]]):
-                which = plain[of_source[mine]]
-                reader, batch = self.corpora[s].reader(shard), entries.batch[of[which]]
-                begins[which] = reader.tokens_at[batch] + entries.first[of[which]] + packed.start[which]
-                unchecked[which] = ~reader.checked[batch]
-                reader_of[which] = len(readers)
-                readers.append(reader)
-        lengths = packed.stop - packed.start
-        ends = begins + np.where(laid, 0, lengths)
-        files = [*(reader.token_view for reader in readers), blank(self._config.seq_length, self._dtype)]
-        stretches = Stretches([files[number] for number in reader_of.tolist()], begins.tolist(), ends.tolist())
-        variation = np.zeros(len(of), np.uint64)
-        if self._augment.any():
-            names = mix(of.astype(np.uint64) + key_of(self._config.seed, 2, number)) | np.uint64(1)
-            variation = np.where(self._augment[source], names, np.uint64(0))
-        bounds = np.cumsum(np.concatenate([[0], lengths]))
-        return _Located(stretches, readers, reader_of, bounds, source, laid, unchecked, variation)
-
-
-@dataclass(frozen=True)
-class _Located:
-    """Of each piece of a block, where its tokens are and what else is to be done with it."""
-
-    stretches: Stretches
-    readers: list[ShardReader]  # that the files are views of
-    reader: np.ndarray  # int64: which of them; -1: none
-    bounds: np.ndarray  # int64 [pieces + 1]: positions up to each piece, and in all
-    source: np.ndarray  # int32; -1: padding
-    laid: np.ndarray  # bool: it is made of more than its tokens
-    unchecked: np.ndarray  # bool: its batch has not been compared with its checksum
-    variation: np.ndarray  # uint64: see batch.Laid
-
-
-def _joined(parts: list[Pieces]) -> Pieces:
-    """Pieces of several blocks behind each other."""
-    if len(parts) == 1:
-        return parts[0]
-    stretches, laid, bounds, before = Stretches([], [], []), {}, [np.zeros(1, np.int64)], 0
-    for part in parts:
-        laid |= {len(stretches.files) + number: piece for number, piece in part.laid.items()}
-        stretches.extend(part.stretches)
-        bounds.append(before + part.bounds[1:])
-        before += int(part.bounds[-1])
-    return Pieces(np.concatenate(bounds), np.concatenate([part.source for part in parts]), stretches, laid)

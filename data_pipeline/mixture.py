@@ -11,7 +11,7 @@ import numpy as np
 from armillary.data_pipeline.order import Order
 from armillary.data_pipeline.shuffle import key_of, permute
 
-ORDER = 2  # of this module and those that it stands on: raised where the same cursor comes to mean another row
+ORDER = 3  # of this module and those that it stands on: raised where the same cursor comes to mean another row
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,11 @@ class Mixture:
         each time round.
         """
         first, last = self.drawn(block), self.drawn(block + 1)
-        sources = np.repeat(np.arange(len(self.orders)), last - first)
         documents = [self._documents(s, np.arange(a, b)) for s, (a, b) in enumerate(zip(first, last, strict=True))]
-        if np.count_nonzero(last - first) > 1:
-            sources = sources[permute(np.arange(len(sources)), len(sources), key_of(self.seed, 0, block))]
+        sources = np.repeat(np.arange(len(self.orders)), last - first)
+        if np.count_nonzero(last - first) <= 1:
+            return sources, np.concatenate(documents)
+        sources = sources[permute(np.arange(len(sources)), len(sources), key_of(self.seed, 0, block))]
         found = np.empty(len(sources), np.int64)
         found[np.argsort(sources, kind="stable")] = np.concatenate(documents)
         return sources, found

@@ -42,27 +42,37 @@ class Packed:
         return int((self.stop - self.start)[self.document >= 0].sum())
 
 
+def one_a_row(documents: int, seq_length: int) -> Packed:
+    """Rows of one document each, all of `seq_length` positions."""
+    numbers, nothing = np.arange(documents), np.zeros(documents, np.int64)
+    return Packed(document=numbers, start=nothing, stop=nothing + seq_length, row_ends=numbers + 1)
+
+
 def greedy(parts: Parts, seq_length: int, max_images: int) -> Packed:
     """Fill rows in the order of the parts; what is cut off opens the next row, and what may not be cut, too.
 
     A row holds at most `seq_length` positions and `max_images` images; parts with images must fit in a row.
     """
     ends, whole = np.cumsum(parts.length), parts.images > 0
-    total = int(parts.length.sum())
+    total = int(ends[-1]) if len(ends) else 0
     if whole.any():
         bounds = np.asarray(_bounds(ends, whole, np.cumsum(parts.images), seq_length, max_images), np.int64)
     else:
         bounds = np.minimum(np.arange(seq_length, total + seq_length, seq_length), total)
-    stops = np.sort(np.concatenate([ends, bounds]), kind="stable")  # two sorted runs, which a stable sort merges
-    stops = stops[np.diff(stops, prepend=-1) > 0]
-    starts = np.concatenate([np.zeros(min(len(stops), 1), np.int64), stops[:-1]])
-    part = np.searchsorted(ends, starts, side="right")
-    into = starts - (ends - parts.length)[part] + parts.start[part]
+    last = np.searchsorted(ends, bounds, side="left")  # the part that each row ends in or with
+    inside = bounds < ends[last]
+    cut = last[inside]
+    before = np.cumsum(inside) - inside  # cuts that come before each row's end
+    part = np.repeat(np.arange(len(ends)), np.bincount(cut, minlength=len(ends)) + 1)
+    begins = ends - parts.length
+    starts = begins[part]
+    starts[cut + before[inside] + 1] = bounds[inside]
+    into = starts - (begins - parts.start)[part]
     return Packed(
         document=parts.document[part],
         start=into,
-        stop=into + stops - starts,
-        row_ends=np.searchsorted(starts, bounds, side="left"),
+        stop=into + np.diff(starts, append=total),
+        row_ends=last + before + 1,
     )
 
 

@@ -4,13 +4,13 @@ The plan is the same on every rank. It reads indexes alone, but for documents wi
 """
 
 import functools
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass
 
 import numpy as np
 
 from armillary.data_pipeline import pack
 from armillary.data_pipeline.config import DataConfig
-from armillary.data_pipeline.corpus import Corpus, Entries, groups
+from armillary.data_pipeline.corpus import Corpus, Entries, inverse, joined
 from armillary.data_pipeline.cursor import Cursor
 from armillary.data_pipeline.images import ImageShape
 from armillary.data_pipeline.mixture import Mixture, Stage
@@ -22,7 +22,7 @@ from armillary.data_pipeline.windows import Windows
 BLOCK_ROWS = 4096  # a block draws documents for about so many rows, and is packed by itself
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Block:
     """A block of the global order, packed: what its documents are, and which pieces of them make up its rows."""
 
@@ -62,39 +62,46 @@ class Planner:
 
     def rows(self, cursor: Cursor, count: int) -> tuple[list[Rows], Cursor]:
         """The `count` rows from `cursor` on, and the cursor after them."""
-        found, block, row = [], cursor.block, cursor.row
+        found, number, row = [], cursor.block, cursor.row
         while count:
-            last = min(row + count, self.block(block).packed.rows)
+            block = self.block(number)
+            last = min(row + count, block.packed.rows)
             if last > row:
-                found.append(Rows(self.block(block), row, last))
+                found.append(Rows(block, row, last))
                 count -= last - row
             row = last
-            if row >= self.block(block).packed.rows:
-                block, row = block + 1, 0
-        return found, Cursor(block=block, row=row)
+            if row >= block.packed.rows:
+                number, row = number + 1, 0
+        return found, Cursor(block=number, row=row)
 
     def _block(self, number: int) -> Block:
         source, document = self.mixture.block(number)
         entries = self._look_up(source, document)
-        lengths = entries.tokens - 1 + entries.images * (self._shape.positions - 1)
-        parts = self._parts(source, entries, lengths)
+        return Block(number, source, document, entries, self._packed(number, source, entries))
+
+    def _packed(self, number: int, source: np.ndarray, entries: Entries) -> pack.Packed:
         seq_length, max_images = self._config.seq_length, self._config.max_images
+        if self._config.packing == "windows":
+            return pack.one_a_row(len(source), seq_length)
+        parts = self._parts(source, entries)
         if self._config.packing == "best_fit":
             packed = pack.best_fit(parts, seq_length, max_images, key_of(self._config.seed, 3, number))
         else:
             packed = pack.greedy(parts, seq_length, max_images)
-        return Block(number, source, document, entries, pack.padded(packed, seq_length))
+        return pack.padded(packed, seq_length)
 
     def _look_up(self, source: np.ndarray, document: np.ndarray) -> Entries:
-        entries = Entries(*(np.empty(len(source), np.int64) for _ in fields(Entries)))
-        for s, which in groups(source):
-            found = self._corpora[s].look_up(document[which])
-            for field in fields(Entries):
-                getattr(entries, field.name)[which] = getattr(found, field.name)
-        return entries
+        if len(self._corpora) == 1:
+            return self._corpora[0].look_up(document)
+        order = np.argsort(source.astype(np.uint16), kind="stable")
+        ends = np.searchsorted(source[order], np.arange(len(self._corpora)), side="right")
+        parts = np.split(document[order], ends[:-1])
+        found = [corpus.look_up(part) for corpus, part in zip(self._corpora, parts, strict=True)]
+        return joined(found).take(inverse(order))
 
-    def _parts(self, source: np.ndarray, entries: Entries, lengths: np.ndarray) -> pack.Parts:
+    def _parts(self, source: np.ndarray, entries: Entries) -> pack.Parts:
         """The block's documents; those with images that do not fit in a row are cut between images."""
+        lengths = entries.tokens - 1 + entries.images * (self._shape.positions - 1)
         filled = np.flatnonzero(lengths > 0)
         parts = pack.Parts(filled, np.zeros(len(filled), np.int64), lengths[filled], entries.images[filled])
         long = (parts.images > 0) & (

@@ -10,7 +10,7 @@ import pyarrow as pa
 import xxhash
 from pydantic import ValidationError
 
-from armillary.data_pipeline.folder import Folder
+from armillary.data_pipeline.folder import Folder, open_checked
 from armillary.errors import DataError
 from armillary.files import write_whole
 from armillary.table import SealedTable, Table
@@ -125,9 +125,9 @@ class Columns:
         return len(self.weights)
 
     @functools.cached_property
-    def token_view(self) -> memoryview:
-        """`tokens`, as what is faster to slice than an array."""
-        return memoryview(self.tokens)
+    def address(self) -> int:
+        """Where `tokens` begin in memory."""
+        return self.tokens.__array_interface__["data"][0]
 
     def spans(self, row: int) -> list[tuple[int, int]]:
         """(end, role) of a document's stretches, see document.Encoded."""
@@ -152,13 +152,7 @@ class ShardReader:
 
     def __init__(self, folder: Folder, shard: Shard, schema: pa.Schema):
         self._folder, self._shard, self._schema = folder, shard, schema
-        content = folder.open(shard.index_file, shard.index_bytes, shard.index_xxh3)
-        if (found := xxhash.xxh3_64_hexdigest(content)) != shard.index_xxh3:
-            raise DataError(
-                f"a shard's index is corrupted: checksum {found}, manifest {shard.index_xxh3}",
-                folder.at(shard.index_file),
-                folder.remedy,
-            )
+        content = open_checked(folder, shard.index_file, shard.index_bytes, shard.index_xxh3, "a shard's index")
         reader = pa.ipc.open_file(content)
         index = reader.get_batch(0)
         self.tokens: np.ndarray = index.column(0).to_numpy()  # uint32 [documents]
@@ -167,8 +161,7 @@ class ShardReader:
         self._batches = json.loads(reader.schema.metadata[b"batches"])
         self.batch_ends = np.array([batch["documents"] for batch in self._batches], np.int64)
         self.batch_begins = np.concatenate([[0], self.batch_ends[:-1]])
-        token_bytes = schema.field("tokens").type.value_type.bit_width // 8
-        self.tokens_at = np.array([batch["tokens_at"] for batch in self._batches], np.int64) // token_bytes
+        self.tokens_at = np.array([batch["tokens_at"] for batch in self._batches], np.int64)  # bytes
         self.checked = np.zeros(len(self._batches), bool)  # batches whose checksum was found right
         self.views: dict[int, Columns] = {}
 
@@ -177,12 +170,22 @@ class ShardReader:
         """Whether some document has images, roles or a weight."""
         return bool((self.first < 0).any())
 
-    @functools.cached_property
-    def token_view(self) -> memoryview:
-        """The shard's file as tokens, all of it; they are some where `tokens_at` says. It is fetched when it is first
-        asked for."""
-        dtype = np.dtype(self._schema.field("tokens").type.value_type.to_pandas_dtype())
-        return memoryview(np.frombuffer(self._file, dtype, self._file.size // dtype.itemsize))
+    @property
+    def address(self) -> int:
+        """Where the file begins in memory; its tokens are where `tokens_at` says. It is fetched when it is first asked
+        for."""
+        return self._file.address
+
+    @property
+    def size(self) -> int:
+        """Of the file, in bytes."""
+        return self._shard.bytes
+
+    def inconsistent(self) -> DataError:
+        """What is wrong where the index points outside of the file."""
+        return DataError(
+            "a shard's index points outside of its shard", self._folder.at(self._shard.file), self._folder.remedy
+        )
 
     @functools.cached_property
     def _file(self) -> pa.Buffer:

@@ -1,10 +1,11 @@
 """A global shuffle as a pure function of (seed, epoch, index): no list of indices is ever stored.
 
-A Feistel network permutes the smallest power of two that covers the range; indices that fall outside are walked along
-their cycle until they fall inside (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002, section 3).
-Everything is vectorised over numpy arrays.
+A Feistel network permutes the pairs of [0, a) x [0, b), where a and b are nearly equal and their product is hardly more
+than the range; the few that stand for numbers outside it are walked along their cycle until they fall inside (Black and
+Rogaway, "Ciphers with Arbitrary Finite Domains", 2002, sections 3 and 4). Everything is vectorised over numpy arrays.
 """
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -15,9 +16,12 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 def mix(x: np.ndarray) -> np.ndarray:
     """Scramble 64-bit integers (the finaliser of SplitMix64; Steele et al., OOPSLA 2014, figure 17)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    x = x ^ (x >> np.uint64(30))
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return x
 
 
 def key_of(*parts: int | np.ndarray) -> np.uint64 | np.ndarray:
@@ -45,37 +49,46 @@ def unpermute(indices: np.ndarray, size: int, key: np.uint64 | np.ndarray) -> np
 
 
 def _walk(indices: np.ndarray, size: int, network: Callable, key: np.uint64 | np.ndarray) -> np.ndarray:
-    bits = max(2, (size - 1).bit_length())
+    a = math.isqrt(max(size, 1) - 1) + 1
+    b = -(-size // a)
     with np.errstate(over="ignore"):
         round_keys = [mix(key + np.uint64(r + 1) * _GOLDEN) for r in range(ROUNDS)]
-        out = network(np.asarray(indices).astype(np.uint64).ravel(), bits, round_keys)
+        out = network(np.asarray(indices).astype(np.uint64).ravel(), a, b, round_keys)
         walking = np.flatnonzero(out >= np.uint64(size))
         while walking.size:
             own_keys = [k[walking] if np.ndim(k) else k for k in round_keys]
-            out[walking] = network(out[walking], bits, own_keys)
+            out[walking] = network(out[walking], a, b, own_keys)
             walking = walking[out[walking] >= np.uint64(size)]
     return out.astype(np.int64).reshape(np.shape(indices))
 
 
-def _forward(x: np.ndarray, bits: int, round_keys: list[np.uint64]) -> np.ndarray:
-    """One pass over numbers of `bits` bits. With an odd number of bits the halves differ by one, and swap sizes from
-    round to round."""
-    high, low = bits // 2, bits - bits // 2
-    left, right = x >> np.uint64(low), x & _mask(low)
+def _forward(x: np.ndarray, a: int, b: int, round_keys: list[np.uint64]) -> np.ndarray:
+    """One pass over numbers below a * b: left is below a and right below b, and the halves swap from round to round."""
+    left, right = _halves(x, b)
     for key in round_keys:
-        left, right = right, left ^ (mix(right ^ key) & _mask(high))
-        high, low = low, high
-    return (left << np.uint64(low)) | right
+        added = left + _below(a, mix(right ^ key))
+        left, right = right, np.minimum(added, added - np.uint64(a))  # what is below a wraps around to a huge number
+        a, b = b, a
+    return left * np.uint64(b) + right
 
 
-def _backward(x: np.ndarray, bits: int, round_keys: list[np.uint64]) -> np.ndarray:
-    high, low = bits // 2, bits - bits // 2  # as they are after an even number of rounds
-    left, right = x >> np.uint64(low), x & _mask(low)
+def _backward(x: np.ndarray, a: int, b: int, round_keys: list[np.uint64]) -> np.ndarray:
+    left, right = _halves(x, b)  # a and b stand as in the beginning after an even number of rounds
     for key in reversed(round_keys):
-        high, low = low, high
-        left, right = right ^ (mix(left ^ key) & _mask(high)), left
-    return (left << np.uint64(low)) | right
+        a, b = b, a
+        rest = right - _below(a, mix(left ^ key))
+        left, right = np.minimum(rest, rest + np.uint64(a)), left
+    return left * np.uint64(b) + right
 
 
-def _mask(bits: int) -> np.uint64:
-    return np.uint64((1 << bits) - 1)
+def _halves(x: np.ndarray, b: int) -> tuple[np.ndarray, np.ndarray]:
+    left = x // np.uint64(b)
+    return left, x - left * np.uint64(b)
+
+
+def _below(size: int, scrambled: np.ndarray) -> np.ndarray:
+    """Numbers in [0, size), size < 2^32, from the upper halves of 64-bit ones."""
+    scrambled >>= np.uint64(32)
+    scrambled *= np.uint64(size)
+    scrambled >>= np.uint64(32)
+    return scrambled

@@ -13,7 +13,7 @@ import xxhash
 
 from armillary.data_pipeline.corpus import Corpus
 from armillary.data_pipeline.document import Document
-from armillary.data_pipeline.folder import Folder, checksum
+from armillary.data_pipeline.folder import Folder, checksum, open_checked
 from armillary.data_pipeline.shards import Manifest, SubstringFile
 from armillary.data_pipeline.tokenizer import Tokenizer
 from armillary.errors import DataError, JobError
@@ -94,12 +94,6 @@ class SubstringIndex:
 
 
 def _opened(folder: Folder, file: SubstringFile) -> tuple[np.ndarray, np.ndarray]:
-    content = folder.open(file.file, file.bytes, file.xxh3)
-    if (found := xxhash.xxh3_64_hexdigest(content)) != file.xxh3:
-        raise DataError(
-            f"an index of substrings is corrupted: checksum {found}, manifest {file.xxh3}",
-            folder.at(file.file),
-            folder.remedy,
-        )
+    content = open_checked(folder, file.file, file.bytes, file.xxh3, "an index of substrings")
     batch = pa.ipc.open_file(content).get_batch(0)
     return batch.column(0).to_numpy(), batch.column(1).to_numpy()

@@ -56,4 +56,4 @@ class Windows:
         begin = np.where(place > 0, self._ends[place - 1], 0)
         nothing = np.zeros(len(windows), np.int64)
         first = (windows - begin) * self._length
-        return Entries(nothing + self._length + 1, nothing, first, self._shard[place], self._batch[place], nothing)
+        return Entries(nothing + self._length + 1, nothing, first, self._batch[place], nothing, self._shard[place])

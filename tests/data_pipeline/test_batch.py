@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from armillary.data_pipeline.batch import Laid, Pieces, Stretches, assemble, blank
+from armillary.data_pipeline.batch import Laid, Pieces, address_of, assemble, blank
 from armillary.data_pipeline.document import Encoded, Role
+from armillary.data_pipeline.gather import gather
 from armillary.data_pipeline.images import ImageShape
 from armillary.data_pipeline.shards import Columns, schema_of
 from armillary.data_pipeline.write import record_batch
@@ -53,19 +54,21 @@ def test_any_pieces_of_any_documents_are_laid_out_as_they_are_one_by_one(documen
     at = np.cumsum(stop - start) - (stop - start)
     plain = [not (d.images or d.spans) and d.weight == 1 for d in documents]
     padding = seq_length - int((stop - start).sum())
-    stretches, laid = Stretches([], [], []), {}
+    length, source = list(stop - start), list(number)
+    address, count, laid = [], [], {}
     for place, (document, low, high) in enumerate(chosen):
         if plain[document]:
-            first = int(columns.offsets[document])
-            stretches.append(columns.token_view, first + low, first + high)
+            address.append(columns.address + 2 * (int(columns.offsets[document]) + low))
+            count.append(high - low)
         else:
-            stretches.append(blank(seq_length, columns.tokens.dtype), 0, 0)
+            address.append(address_of(blank(seq_length, columns.tokens.dtype)))
+            count.append(0)
             laid[place] = Laid(columns, document, low, high)
-    length, source = list(stop - start), list(number)
     if padding:
-        stretches.append(blank(seq_length, columns.tokens.dtype), 0, padding)
-        length, source = [*length, padding], [*source, -1]
-    pieces = Pieces(np.cumsum([0, *length]), np.array(source, np.int32), stretches, laid)
+        address.append(address_of(blank(seq_length, columns.tokens.dtype)))
+        count, length, source = [*count, padding], [*length, padding], [*source, -1]
+    source = np.array(source, np.int32)
+    pieces = Pieces(np.cumsum([0, *length]), source, np.array(address), np.array(count), [columns], laid)
     batch = assemble(pieces, columns.tokens.dtype, SHAPE, IMAGE, with_images=False)
     starts = []
     for (document, low, high), place in zip(chosen, at.tolist(), strict=True):
@@ -94,6 +97,38 @@ def test_a_large_vocabulary_takes_wider_tokens():
     wide = batch_of([Encoded([65536, 3])], 4, SHAPE, IMAGE, (1 << 16) + 1)
     assert wide.tokens_T.dtype == np.uint32
     assert wide.tokens_T[0] == 65536
+
+
+@given(
+    st.sampled_from([np.uint16, np.uint32]),
+    st.integers(20, 20_000).flatmap(
+        lambda size: st.tuples(st.just(size), st.lists(st.tuples(*[st.integers(0, size - 1)] * 2), max_size=40))
+    ),
+)
+@settings(deadline=None)
+def test_stretches_are_gathered_with_what_stands_behind_them(dtype, stretches):
+    size, cuts = stretches
+    memory = np.random.default_rng(0).integers(0, 1 << 16, size).astype(dtype)
+    begins, ends = (np.array([fold(cut) for cut in cuts], np.int64) for fold in (min, max))
+    out, behind = np.empty((ends - begins).sum(), dtype), np.empty(len(cuts), dtype)
+    gather(address_of(memory) + begins * memory.itemsize, ends - begins, memory.itemsize, out, behind)
+    expected = [memory[begin:end] for begin, end in zip(begins, ends, strict=True)]
+    assert np.array_equal(out, np.concatenate([np.empty(0, dtype), *expected]))
+    assert np.array_equal(behind, memory[ends])
+
+
+@pytest.mark.parametrize(
+    ("counts", "out", "behind"), [([3, 2], 4, 2), ([3, 2], 6, 2), ([3, 2], 5, 1), ([7, -2], 5, 2), ([2**62, 2], 5, 2)]
+)
+def test_what_does_not_fit_is_not_gathered(counts, out, behind):
+    memory = np.arange(8, dtype=np.uint16)
+    address = np.full(2, address_of(memory))
+    to, labels = np.zeros(out, np.uint16), np.zeros(behind, np.uint16)
+    with pytest.raises(ValueError, match="do not fit"):
+        gather(address, np.array(counts), 2, to, labels)
+    with pytest.raises(ValueError, match="do not fit"):
+        gather(address[:1], np.array([3, 2]), 2, np.zeros(5, np.uint16), np.zeros(2, np.uint16))
+    assert not to.any()
 
 
 def test_padding_is_a_piece_of_its_own():

@@ -1,18 +1,23 @@
 import itertools
+import json
 import shutil
 from collections import Counter
 
 import numpy as np
+import pyarrow as pa
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from armillary.data_pipeline.config import DataConfig
 from armillary.data_pipeline.cursor import Cursor
+from armillary.data_pipeline.folder import LocalFolder
 from armillary.data_pipeline.images import ImageShape, patchify
 from armillary.data_pipeline.loader import Loader
 from armillary.data_pipeline.plan import BLOCK_ROWS
 from armillary.data_pipeline.prefetch import prefetch
+from armillary.data_pipeline.shards import read_manifest, write_manifest
 from armillary.errors import DataError
 from tests.data_pipeline.plain import decoded, lay_out
 
@@ -127,6 +132,24 @@ def test_damaged_text_is_not_trained_on(tables, shards, tmp_path, packing):
     loader = loader_of(tables, path=str(copy), sources=[{"kind": "pydoc"}], packing=packing)
     with pytest.raises(DataError, match=r"batch \d+ of a shard is corrupted"):
         loader.batch(loader.plan.rows(Cursor(), 2000)[0])
+
+
+@pytest.mark.parametrize("tokens_at", [1 << 40, -64])
+def test_an_index_that_points_outside_of_its_shard_is_not_followed(tables, shards, tmp_path, tokens_at):
+    copy = shutil.copytree(shards, tmp_path / "shards")
+    manifest = read_manifest(LocalFolder(copy))
+    (shard,) = manifest.sources["pydoc"]
+    index = pa.ipc.open_file((copy / shard.index_file).read_bytes()).read_all()
+    batches = [batch | {"tokens_at": tokens_at} for batch in json.loads(index.schema.metadata[b"batches"])]
+    index = index.replace_schema_metadata({"batches": json.dumps(batches)})
+    with pa.ipc.new_file(str(copy / shard.index_file), index.schema) as writer:
+        writer.write_table(index)
+    content = (copy / shard.index_file).read_bytes()
+    shard = shard.model_copy(update={"index_bytes": len(content), "index_xxh3": xxhash.xxh3_64_hexdigest(content)})
+    write_manifest(copy, manifest.model_copy(update={"sources": manifest.sources | {"pydoc": (shard,)}}).sealed())
+    loader = loader_of(tables, path=str(copy), sources=[{"kind": "pydoc"}])
+    with pytest.raises(DataError, match="points outside of its shard"):
+        loader.batch(loader.plan.rows(Cursor(), 8)[0])
 
 
 def test_threads_decode_the_same_images(tables, loader):
