@@ -33,7 +33,7 @@ from armillary.data_pipeline.tokenizer import Tokenizer
 from armillary.errors import DataError
 from armillary.files import write_whole
 
-Progress = Callable[[str, int, int], None]
+Say = Callable[[str], None]  # a line on what was done
 Each = Callable[[Callable, Iterable], Iterable]  # `map`, or one that works on many processors; any order
 PLAN, TOKENIZER = "plan.json", "tokenizer.json"
 TRAINING_CHARACTERS = 100_000_000  # that a tokenizer is trained on, over all sources
@@ -46,10 +46,8 @@ def built_from(config: DataConfig) -> dict:
     return {"sources": sources} | {key: getattr(config, key) for key in keys}
 
 
-def build(
-    config: DataConfig, progress: Progress = lambda source, done, parts: None, force: bool = False, each: Each = map
-) -> Manifest:
-    """Write the shards of `config` into `config.path`; progress(source, parts done, parts) is called after each part.
+def build(config: DataConfig, say: Say = lambda line: None, force: bool = False, each: Each = map) -> Manifest:
+    """Write the shards of `config` into `config.path`.
 
     Everything is written beside the target and renamed at the end: a build that fails or is killed leaves an
     earlier one untouched, and what it did is taken up by the next build of the same keys and files. Raises
@@ -69,6 +67,7 @@ def build(
     if (target / MANIFEST).exists() and not force:
         raise DataError("there are shards here already", target, "add --force to replace them")
     work = target.with_name(f".{target.name}.building")
+    made = [folder for folder in work.parents if not folder.exists()]
     try:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -77,7 +76,7 @@ def build(
         ) from None
     try:
         with _held(work):
-            manifest = _build_into(work, config, progress, each)
+            manifest = _build_into(work, config, say, each)
             for scrap in (*work.glob("*.part"), work / PLAN, work / TOKENIZER, work / "lock"):
                 scrap.unlink(missing_ok=True)
             if target.exists():
@@ -87,6 +86,9 @@ def build(
         raise
     except DataError:  # what puts it right changes the files or the keys, and so the work
         shutil.rmtree(work, ignore_errors=True)
+        with contextlib.suppress(OSError):  # something else was put there meanwhile
+            for folder in made:
+                folder.rmdir()
         raise
     except OSError as error:
         raise DataError(
@@ -95,10 +97,10 @@ def build(
     return manifest
 
 
-def ensure_built(config: DataConfig, progress: Progress = lambda source, done, parts: None) -> Manifest:
+def ensure_built(config: DataConfig, say: Say = lambda line: None) -> Manifest:
     """The manifest of the shards that `config` asks for; they are built where there are none."""
     if not is_url(config.path) and not Path(config.path).exists():
-        build(config, progress)
+        build(config, say)
     return built(config)
 
 
@@ -113,7 +115,8 @@ def built(config: DataConfig) -> Manifest:
         raise DataError(
             f"the shards were built with another {' and '.join('data.' + key for key in changed)}",
             config.path,
-            f"{folder.build} (--force replaces what is there), or choose another data.path",
+            "choose another data.path"
+            + ("" if is_url(config.path) else ", or replace them with `armillary data build JOB.toml --force`"),
         )
     return manifest
 
@@ -133,12 +136,12 @@ def _held(work: Path) -> Iterator[None]:
         yield
 
 
-def _build_into(work: Path, config: DataConfig, progress: Progress, each: Each) -> Manifest:
+def _build_into(work: Path, config: DataConfig, say: Say, each: Each) -> Manifest:
     parts = {source.name: parts_of(source) for source in config.sources}
     _take_up(work, config, parts)
-    tokenizer = _tokenizer(work, config, parts)
+    tokenizer = _tokenizer(work, config, parts, say)
     tasks = [(source, number, part) for source in config.sources for number, part in enumerate(parts[source.name])]
-    doubled = _copies(work, config, tasks, each) if config.dedup != "none" else [None] * len(tasks)
+    doubled = _copies(work, config, tasks, say, each) if config.dedup != "none" else [None] * len(tasks)
     encodes = [
         Encode(work, source, number, part, drop, config.shard_bytes, config.compression, config.substrings)
         for (source, number, part), drop in zip(tasks, doubled, strict=True)
@@ -148,7 +151,7 @@ def _build_into(work: Path, config: DataConfig, progress: Progress, each: Each) 
     for task_name, report in each(encode_part, encodes):
         reports[task_name] = report
         done[task_name[0]] += 1
-        progress(task_name[0], done[task_name[0]], len(parts[task_name[0]]))
+        say(f"{task_name[0]}: {done[task_name[0]]} of {len(parts[task_name[0]])} parts written")
     sources = {name: [reports[name, number] for number in range(len(parts[name]))] for name in parts}
     for source in config.sources:
         if not any(report.shards for report in sources[source.name]):
@@ -190,7 +193,7 @@ def _take_up(work: Path, config: DataConfig, parts: dict) -> None:
     write_whole(work / PLAN, text)
 
 
-def _tokenizer(work: Path, config: DataConfig, parts: dict) -> Tokenizer:
+def _tokenizer(work: Path, config: DataConfig, parts: dict, say: Say) -> Tokenizer:
     """The tokenizer that the job names, or one trained on the beginning of each source."""
     path = work / TOKENIZER
     if path.exists():
@@ -204,6 +207,7 @@ def _tokenizer(work: Path, config: DataConfig, parts: dict) -> Tokenizer:
                 f"set data.vocab_size={tokenizer.size}",
             )
     else:
+        say(f"training a tokenizer of {config.vocab_size:,} entries")
         tokenizer = Tokenizer.train(_training_texts(config, parts), config.vocab_size)
     write_whole(path, tokenizer.to_json())
     return tokenizer
@@ -222,10 +226,13 @@ def _training_texts(config: DataConfig, parts: dict) -> Iterator[str]:
                 break
 
 
-def _copies(work: Path, config: DataConfig, tasks: list, each: Each) -> list[np.ndarray]:
+def _copies(work: Path, config: DataConfig, tasks: list, say: Say, each: Each) -> list[np.ndarray]:
     """Of each part, which of its documents (by their number in it) are copies of earlier ones."""
     scans = [Scan(work, source, number, part, config.dedup == "near") for source, number, part in tasks]
-    keys = dict(each(scan_part, scans))
+    keys = {}
+    for name, found in each(scan_part, scans):
+        keys[name] = found
+        say(f"{len(keys)} of {len(scans)} parts compared")
     found = [keys[source.name, number] for source, number, _ in tasks]
     everything = np.concatenate(found)
     _, exact = np.unique(everything[:, :2], axis=0, return_inverse=True)

@@ -22,6 +22,7 @@ from armillary.files import sync
 CACHE_BYTES = 100 << 30
 TRIES = 5
 FIRST_WAIT = 0.5  # seconds before the second try, twice as long before each further one
+CREDENTIALS = "check the credentials, which come from the environment (AWS_PROFILE, for S3) on every machine"
 KEPT = re.compile(r"[0-9a-f]{16}-.+")  # a file of the cache: its checksum and its name
 PART = re.compile(r"\..+\.(\d+)\.part")  # one that is being fetched, with its size
 Result = TypeVar("Result")
@@ -213,11 +214,13 @@ class RemoteFolder:
             except (FileNotFoundError, DataError):
                 raise
             except PermissionError as error:
-                raise DataError(f"the storage refuses it: {error}", self.at(name), "check the credentials") from None
+                raise DataError(f"the storage refuses it: {error}", self.at(name), CREDENTIALS) from None
             except Exception as error:  # each protocol has its own kinds
                 if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise
                 reason = str(error).strip() or type(error).__name__
+                if "credentials" in reason.lower():
+                    raise DataError(f"the storage has no credentials: {reason}", self.at(name), CREDENTIALS) from None
             if number < TRIES - 1:
                 time.sleep(FIRST_WAIT * 2**number)
         raise DataError(

@@ -1,4 +1,4 @@
-"""Arguments that several commands share."""
+"""Arguments that several commands share, and the wording of what they print."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,3 +11,8 @@ RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="the run's director
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON line on standard output")]
 StopAt = Annotated[int, typer.Option(help="stop after this step, with a checkpoint; 0: train to the end", min=0)]
 Address = Annotated[str, typer.Option(help="Ray cluster to join; sets cluster.address")]
+
+
+def counted(number: int, what: str) -> str:
+    """1 shard, 2,000 shards."""
+    return f"{number:,} {what}" + ("" if number == 1 else "s")

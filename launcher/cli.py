@@ -12,7 +12,7 @@ from rich.table import Table
 
 from armillary import __version__
 from armillary.errors import ArmillaryError, JobError
-from armillary.launcher.arguments import Address, AsJson, JobFile, Overrides, RunPath, StopAt
+from armillary.launcher.arguments import Address, AsJson, JobFile, Overrides, RunPath, StopAt, counted
 from armillary.launcher.data_commands import app as data_app
 
 app = typer.Typer(
@@ -66,11 +66,14 @@ def check(job_file: JobFile, overrides: Overrides = (), as_json: AsJson = False)
     from armillary.launcher.job import load_job
 
     job = load_job(job_file, overrides)
+    warnings = job.warnings()
     if as_json:
-        print(json.dumps({"hash": job.hash(), "job": job.model_dump(mode="json")}))
-    else:
-        print(job.to_toml())
-        print(f"# {job_file} is right; {job.parallel.world_size} ranks, hash {job.hash()}")
+        print(json.dumps({"hash": job.hash(), "job": job.model_dump(mode="json"), "warnings": warnings}))
+        return
+    print(job.to_toml())
+    for warning in warnings:
+        print(f"# warning: {warning}")
+    print(f"# {job_file} is right; {counted(job.parallel.world_size, 'rank')}, hash {job.hash()}")
 
 
 @job_app.command()

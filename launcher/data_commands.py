@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from armillary.errors import DataError, JobError
-from armillary.launcher.arguments import Address, AsJson, JobFile, Overrides, RunPath
+from armillary.launcher.arguments import Address, AsJson, JobFile, Overrides, RunPath, counted
 
 app = typer.Typer(help="Make data ready, and look at it.", no_args_is_help=True)
 Shards = Annotated[str, typer.Argument(metavar="PATH", help="the folder of the shards, or its URL")]
@@ -40,14 +40,18 @@ def build(
         manifest = ensure_built(job.data)
         console.print("the shards are there already", highlight=False)
     else:
-        with spread(address or job.cluster.address, workers or os.cpu_count() or 1) as each:
-            manifest = build_shards(job.data, lambda *done: say_built(console, *done), force, each)
+        try:
+            with spread(address or job.cluster.address, workers or os.cpu_count() or 1) as each:
+                manifest = build_shards(job.data, say_built(console), force, each)
+        except KeyboardInterrupt:
+            console.print("interrupted; the same command goes on where it stopped", highlight=False)
+            raise typer.Exit(130) from None
     if as_json:
         reports = {source: report.model_dump() for source, report in manifest.reports.items()}
         print(json.dumps({"path": job.data.path, "sources": reports}))
         return
     for source, report in manifest.reports.items():
-        kept = ", ".join(f"{getattr(report, key):,} {key}" for key in ("documents", "tokens", "images", "bytes"))
+        kept = ", ".join(counted(getattr(report, key + "s"), key) for key in ("document", "token", "image", "byte"))
         print(f"{source}: {kept}")
         for reason, count in report.dropped.items():
             print(f"  dropped {count:,}: {reason}")
@@ -75,10 +79,10 @@ def verify(path: Shards, as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps({"shards": shards, "damaged": [{"what": e.what, "where": e.where} for e in found]}))
     elif not found:
-        print(f"{shards:,} shards are as they were written")
+        print(f"{counted(shards, 'shard')} read and compared: nothing is damaged")
     if found:
-        where = ", ".join(error.where for error in found)
-        raise DataError(f"{len(found)} of {shards} shards are damaged: {found[0].what}", where, found[0].fix)
+        reasons = "".join(f"\n  {error.where}: {error.what}" for error in found)
+        raise DataError(f"{len(found)} of {shards} shards are damaged:{reasons}", path, found[0].fix)
 
 
 @app.command()
@@ -110,6 +114,7 @@ def inspect(
             image.save(sheet, "png")
         except OSError as error:
             raise JobError(f"the sheet cannot be written: {error.strerror}", sheet, "choose another path") from None
+        Console(stderr=True).print(f"the sheet is in {sheet}", highlight=False, markup=False)
     if as_json:
         texts = {name: [d | {"images": len(d["images"])} for d in drawn] for name, drawn in shown.items()}
         print(json.dumps({"sources": figures, "samples": texts}))
@@ -117,7 +122,7 @@ def inspect(
     for name, one in figures.items():
         print(
             f"{name}: "
-            + ", ".join(f"{one[key]:,} {key}" for key in ("documents", "tokens", "images", "bytes", "shards"))
+            + ", ".join(counted(one[key + "s"], key) for key in ("document", "token", "image", "byte", "shard"))
         )
         print("  tokens a document: " + ", ".join(f"{q} {n:,}" for q, n in one["tokens_per_document"].items()))
         for reason, dropped in one["dropped"].items():
@@ -142,7 +147,7 @@ def bench(
     from armillary.launcher.train import say_built
 
     job, console = load_job(job_file, overrides).with_absolute_paths(), Console(stderr=True)
-    ensure_built(job.data, lambda *done: say_built(console, *done))
+    ensure_built(job.data, say_built(console))
     share = job.training.global_batch // job.parallel.data
     speed = measure(job.data, job.image_shape, share, job.parallel.micro_batch, seconds)
     if as_json:
@@ -172,24 +177,25 @@ def find(
 @app.command()
 def where(
     run: RunPath,
-    step: Annotated[int, typer.Option(help="the documents that this step saw", min=0)] = 0,
-    document: Annotated[str, typer.Option(help="SOURCE:NUMBER, the steps that saw this document")] = "",
+    step: Annotated[int | None, typer.Option(help="the documents that this step saw", min=1)] = None,
+    document: Annotated[str | None, typer.Option(help="SOURCE:NUMBER, the steps that saw this document")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Which documents a step of a run saw, or which steps saw a document."""
-    if bool(step) == bool(document):
+    if (step is None) == (document is None):
         raise JobError("either a step or a document is needed", "command line", "give --step 5, or --document pydoc:17")
     from armillary.launcher.run import Run
     from armillary.launcher.where import Where
 
     found = Where(Run.open(run))
-    if step:
+    if step is not None:
         documents = found.step(step)
         if as_json:
             print(json.dumps({"step": step, "documents": documents}))
             return
+        print("row  document  its positions  name")
         for one in documents:
-            print(f"row {one['row']}  {one['source']}:{one['number']}  {one['start']}-{one['stop']}  {one['name']}")
+            print(f"{one['row']}  {one['source']}:{one['number']}  {one['start']}-{one['stop']}  {one['name']}")
         return
     source, _, number = document.rpartition(":")
     if not number.isdigit():

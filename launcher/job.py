@@ -45,18 +45,38 @@ class Job(TrainJob):
 
     def with_absolute_paths(self) -> "Job":
         """The same job from whatever folder it is resumed, on whatever node its ranks run."""
-        tokenizer = os.path.abspath(self.data.tokenizer) if self.data.tokenizer else ""
-        sources = [s.model_copy(update={"path": os.path.abspath(s.path)}) if s.path else s for s in self.data.sources]
-        path = self.data.path if is_url(self.data.path) else os.path.abspath(self.data.path)
-        cache = os.path.abspath(os.path.expanduser(self.data.cache)) if self.data.cache else ""
-        data = self.data.model_copy(
-            update={"path": path, "cache": cache, "sources": tuple(sources), "tokenizer": tokenizer}
-        )
-        return self.model_copy(update={"data": data})
+        sources = [source.model_copy(update={"path": _absolute(source.path)}) for source in self.data.sources]
+        paths = {key: _absolute(getattr(self.data, key)) for key in ("path", "cache", "tokenizer")}
+        return self.model_copy(update={"data": self.data.model_copy(update=paths | {"sources": tuple(sources)})})
+
+    def warnings(self) -> list[str]:
+        """What is likely to be a mistake, or is missing on this machine, each with its key."""
+        found = []
+        data = self.with_absolute_paths().data
+        there = is_url(data.path) or os.path.exists(data.path)
+        if not there:
+            paths = {f"data.sources: {source.name}": source.path for source in data.sources}
+            paths["data.tokenizer"] = data.tokenizer
+            found += [f"{key}: there is nothing at {path}" for key, path in paths.items() if not _exists(path)]
+        end = self.training.steps * self.training.global_batch * data.seq_length
+        found += [
+            f"data.schedule: the run ends after {end:,} positions, before from_positions = {stage.from_positions:,}"
+            for stage in data.schedule
+            if stage.from_positions >= end
+        ]
+        return found
 
     def train_job(self) -> TrainJob:
         """The part that training sees."""
         return TrainJob.model_validate(self.model_dump(include=set(TrainJob.model_fields)))
+
+
+def _absolute(path: str) -> str:
+    return path if not path or is_url(path) else os.path.abspath(os.path.expanduser(path))
+
+
+def _exists(path: str) -> bool:
+    return not path or os.path.exists(path)
 
 
 WANTED = {  # by pydantic's name for the problem
@@ -131,6 +151,11 @@ def resolve(tables: dict, where: str) -> Job:
         raise JobError(
             f"model.vocab_size: {job.model.vocab_size} is less than data.vocab_size = {job.data.vocab_size}", where,
             "raise it, or leave it out",
+        )  # fmt: skip
+    if job.image_shape.positions > job.data.seq_length:
+        raise JobError(
+            f"data.seq_length: an image takes {job.image_shape.positions} positions, a row has {job.data.seq_length}",
+            where, f"set it to at least {job.image_shape.positions}, or take larger patches (model.patch_size)",
         )  # fmt: skip
     problems = job.parallel.problems(job.model, job.data.seq_length, job.training.global_batch)
     if problems:

@@ -38,6 +38,9 @@ def spread(address: str, workers: int) -> Iterator[Callable[[Callable, Iterable]
                 try:
                     yield ray.get(done[0])
                 except ray.exceptions.RayTaskError as error:
+                    for one in running:
+                        ray.cancel(one, force=True)
+                    ray.wait(running, num_returns=len(running), timeout=30)  # or they go on to write
                     raise error.cause from None
 
         yield each

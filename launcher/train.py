@@ -1,6 +1,7 @@
 """`armillary train` and `armillary resume`: everything between the command line and the driver."""
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def start(job: Job, run_dir: Path | None, stop_at: int, console: Console) -> Sum
     until, job = until_step(job, stop_at, done=0), job.with_absolute_paths()
     path = run_dir or Path("runs") / f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     Run.refuse_existing(path)
-    manifest = ensure_built(job.data, lambda *done: say_built(console, *done))
+    manifest = ensure_built(job.data, say_built(console))
     check_readable(job)
     run = Run.create(path, job, manifest)
     with run.locked():
@@ -138,8 +139,9 @@ def check_readable(job: Job) -> None:
             raise DataError("there are no held-out questions", source.path, "add some, or set training.evaluate=false")
 
 
-def say_built(console: Console, source: str, done: int, parts: int) -> None:
-    console.print(f"building shards: {source}, part {done} of {parts}", highlight=False)
+def say_built(console: Console) -> Callable[[str], None]:
+    """What tells a user how far a build of shards is."""
+    return lambda line: console.print(f"building shards: {line}", highlight=False, markup=False)
 
 
 def until_step(job: Job, stop_at: int, done: int) -> int:

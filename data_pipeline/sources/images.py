@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from armillary.data_pipeline.config import SourceConfig
-from armillary.data_pipeline.sources.part import Part, files_of, grouped, inside, read_file
+from armillary.data_pipeline.sources.part import Part, files_of, grouped, inside, name_in, read_file
 from armillary.data_pipeline.sources.record import Record
 from armillary.errors import DataError
 
@@ -15,17 +15,21 @@ METADATA = "metadata.jsonl"
 
 
 def parts(source: SourceConfig) -> list[Part]:
-    """Images in groups of about 64 MiB."""
-    return grouped(files_of(source.path, ENDINGS))
+    """Images in groups of about 64 MiB; and the metadata.jsonl, for what it names beside them."""
+    metadata = Path(source.path) / METADATA
+    listed = [Part(files=(str(metadata),))] if metadata.is_file() else []
+    return grouped(files_of(source.path, ENDINGS)) + listed
 
 
 def read(source: SourceConfig, part: Part) -> Iterator[Record]:
     """A record an image, with its caption as a text to learn."""
     root = Path(source.path)
     captions = _captions(root)
-    for file in map(Path, part.files):
-        name = file.relative_to(root).as_posix() if root.is_dir() else file.name
-        yield Record(name, file.parent, functools.partial(_fields, file, captions.get(file), source))
+    files = [Path(file) for file in part.files]
+    if files == [root / METADATA]:
+        files = [file for file in captions if not (file.is_file() and file.suffix.lower() in ENDINGS)]
+    for file in files:
+        yield Record(name_in(source, file), file.parent, functools.partial(_fields, file, captions.get(file), source))
 
 
 def _fields(file: Path, caption: dict | None, source: SourceConfig) -> dict:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from armillary.data_pipeline.config import SourceConfig
-from armillary.data_pipeline.sources.part import PART_BYTES, Part, files_of
+from armillary.data_pipeline.sources.part import PART_BYTES, Part, files_of, name_in
 from armillary.data_pipeline.sources.record import Record
 from armillary.errors import DataError
 
@@ -20,7 +20,7 @@ def parts(source: SourceConfig) -> list[Part]:
         if file.suffix == ".gz":
             found.append(Part(files=(str(file),)))
         else:
-            starts = range(0, size, PART_BYTES)
+            starts = range(0, max(size, 1), PART_BYTES)
             found += [Part(files=(str(file),), start=s, stop=min(s + PART_BYTES, size)) for s in starts]
     return found
 
@@ -28,6 +28,7 @@ def parts(source: SourceConfig) -> list[Part]:
 def read(source: SourceConfig, part: Part) -> Iterator[Record]:
     """The lines that begin in the part's stretch of bytes."""
     path = Path(part.files[0])
+    name = name_in(source, path)
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             if part.start:
@@ -36,7 +37,7 @@ def read(source: SourceConfig, part: Part) -> Iterator[Record]:
             at = file.tell()
             while (not part.stop or at < part.stop) and (line := file.readline()):
                 if line.strip():
-                    yield Record(f"{path.name}:{at}", path.parent, functools.partial(json.loads, line))
+                    yield Record(f"{name}, byte {at}", path.parent, functools.partial(json.loads, line))
                 at = file.tell()
     except (OSError, EOFError) as error:
         raise DataError(f"a file cannot be read: {error}", path, "restore or remove the file") from None

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from armillary.data_pipeline.config import SourceConfig
 from armillary.errors import DataError
 from armillary.table import Table
 
@@ -19,14 +20,24 @@ class Part(Table):
 
 
 def files_of(path: str, endings: Iterable[str]) -> list[Path]:
-    """A file, or all files under a folder with one of the endings, by name; DataError where there is no such path."""
-    root = Path(path)
+    """A file, or all files under a folder, with one of the endings, by name; DataError where there is no such path."""
+    root, endings = Path(path), tuple(endings)
     if root.is_file():
+        if not root.name.lower().endswith(endings):
+            raise DataError(
+                f"the source's file has none of the endings of its kind: {', '.join(endings)}", root,
+                "correct its `kind`, or rename the file",
+            )  # fmt: skip
         return [root]
     if not root.is_dir():
         raise DataError("the source's path is neither a file nor a folder", root, "correct its `path`")
-    endings = tuple(endings)
     return sorted(f for f in root.rglob("*") if f.name.lower().endswith(endings) and f.is_file())
+
+
+def name_in(source: SourceConfig, file: Path) -> str:
+    """What a file of a source is called in messages and shards: its path from the source's own on."""
+    root = Path(source.path)
+    return file.relative_to(root).as_posix() if root.is_dir() else file.name
 
 
 def grouped(files: list[Path], size: int = PART_BYTES) -> list[Part]:

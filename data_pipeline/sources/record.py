@@ -48,7 +48,8 @@ def document_of(record: Record, source: SourceConfig) -> Document:
     except UnicodeDecodeError:
         reason = "it is not valid UTF-8"
     except DataError as error:
-        raise DataError(error.what, error.where or record.name, _fix(error.fix)) from None
+        where = f"{record.name}: {error.where}" if error.where else record.name
+        raise DataError(error.what, where, _fix(error.fix)) from None
     except (ValueError, RecursionError) as error:
         reason = str(error) or "it is nested too deeply"
     raise DataError(f"a record cannot be used: {reason}", record.name, _fix("correct it"))
@@ -63,9 +64,14 @@ def _parts(fields: dict, source: SourceConfig, root: Path) -> list[Text | Pictur
         return [_part(one, root) for one in listed]
     image = fields.get(source.image_field)
     before = [] if image is None else [_picture(image, root)]
+    text = fields.get(source.text_field)
     if "answer" in fields:
+        if text:
+            raise ValueError(f"it has an answer and `{source.text_field}` too, whose order nobody knows: use `parts`")
         return [*before, Text(_text(fields.get("question")), learned=False), Answer(_text(fields["answer"]))]
-    return [*before, Text(_text(fields.get(source.text_field)))]
+    if before and not _text(text).strip():
+        raise ValueError("its image has an empty caption")
+    return [*before, Text(_text(text))]
 
 
 def _part(one: Any, root: Path) -> Text | Picture | Answer:

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from armillary.data_pipeline.config import SourceConfig
-from armillary.data_pipeline.sources.part import Part, files_of
+from armillary.data_pipeline.sources.part import Part, files_of, name_in
 from armillary.data_pipeline.sources.record import Record
 from armillary.errors import DataError
 
@@ -26,10 +26,11 @@ def parts(source: SourceConfig) -> list[Part]:
 def read(source: SourceConfig, part: Part) -> Iterator[Record]:
     """The rows."""
     path = Path(part.files[0])
+    name = name_in(source, path)
     batches = _arrow(path) if source.kind == "huggingface" else _parquet(path, part.start)
     rows = (row for batch in batches for row in batch.to_pylist())
     for number, row in enumerate(rows):
-        yield Record(f"{path.name}:{part.start}:{number}", path.parent, lambda row=row: row)
+        yield Record(f"{name}, row {number} of group {part.start}", path.parent, lambda row=row: row)
 
 
 def _parquet(path: Path, group: int) -> Iterator[pa.RecordBatch]:

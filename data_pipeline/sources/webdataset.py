@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from armillary.data_pipeline.config import SourceConfig
 from armillary.data_pipeline.sources.images import ENDINGS
-from armillary.data_pipeline.sources.part import Part, files_of
+from armillary.data_pipeline.sources.part import Part, files_of, name_in
 from armillary.data_pipeline.sources.record import Record
 from armillary.errors import DataError
 
@@ -29,7 +29,7 @@ def read(source: SourceConfig, part: Part) -> Iterator[Record]:
             )
         seen.add(key)
         files = {ending: data for _, ending, data in members}
-        yield Record(f"{path.name}:{key}", path.parent, functools.partial(_record, files, source))
+        yield Record(f"{name_in(source, path)}, {key}", path.parent, functools.partial(_record, files, source))
 
 
 def _record(files: dict[str, bytes], source: SourceConfig) -> dict:

@@ -57,8 +57,18 @@ def test_an_unreadable_image_leaves_nothing_behind(config, tmp_path):
     image.write_bytes(image.read_bytes()[:40])
     with pytest.raises(DataError, match="cannot be decoded") as error:
         build(config)
-    assert str(image) == error.value.where
+    assert error.value.where == f"train/questions.json[2]: {image}"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
+
+
+def test_folders_that_a_failed_build_made_are_gone(config, tmp_path):
+    (tmp_path / "source" / "train" / "images" / "2.png").unlink()
+    (tmp_path / "held").mkdir()
+    for path in ("new/deep/shards", "held/deep/shards"):
+        with pytest.raises(DataError, match="cannot be read"):
+            build(config.model_copy(update={"path": str(tmp_path / path)}))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["held", "source"]
+    assert not list((tmp_path / "held").iterdir())
 
 
 def test_a_missing_image_is_named(config, tmp_path):

@@ -87,7 +87,7 @@ def test_bad_records_stop_or_are_counted(config):
     report = build(changed(config, bad="skip", min_chars=5)).reports["jsonl"]
     assert report.documents == 31
     assert report.dropped == {"could not be used": 2, "too short": 1}
-    assert all("1.jsonl:" in example for example in report.examples)
+    assert all("1.jsonl, byte " in example for example in report.examples)
     assert len(report.examples) == 2
 
 
@@ -95,7 +95,7 @@ def test_a_document_larger_than_a_shard_is_refused_or_counted(config):
     lines(Path(config.sources[0].path) / "9.jsonl", {"text": "cat " * 3000})
     with pytest.raises(DataError, match="larger than a shard") as error:
         build(config)
-    assert error.value.where == "9.jsonl:0"
+    assert error.value.where == "9.jsonl, byte 0"
     assert build(changed(config, bad="skip")).reports["jsonl"].dropped == {"larger than a shard": 1}
 
 
@@ -178,7 +178,7 @@ def slowly(documents, write=encode.Tokenizer.encode_documents):
         return write(self, batch)
     return one
 encode.Tokenizer.encode_documents = slowly(None)
-build(DataConfig.model_validate_json(sys.argv[1]), lambda *done: print(*done, flush=True))
+build(DataConfig.model_validate_json(sys.argv[1]), lambda line: print(line, flush=True))
 """
 
 
@@ -188,15 +188,17 @@ def test_a_killed_build_leaves_no_shards_and_goes_on(config, after):
         [sys.executable, "-c", SLOW, config.model_dump_json()], stdout=subprocess.PIPE, text=True
     )
     for _ in range(after):
-        process.stdout.readline()
+        while "written" not in process.stdout.readline():
+            assert process.poll() is None
     if not after:
         time.sleep(1.0)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not Path(config.path).exists()
     said = []
-    build(config, lambda *done: said.append(done))
-    assert said == [("jsonl", n, 3) for n in (1, 2, 3)]
+    build(config, said.append)
+    assert said[-3:] == [f"jsonl: {n} of 3 parts written" for n in (1, 2, 3)]
+    assert ("training a tokenizer of 512 entries" in said) <= (after == 0)
     assert texts(config) == {text(n) for n in range(30)}
     assert sorted(p.name for p in Path(config.path).parent.iterdir()) == ["shards", "texts"]
     assert not [p for p in Path(config.path).iterdir() if p.suffix not in (".arrow", ".json")]

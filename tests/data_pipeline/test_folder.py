@@ -16,6 +16,7 @@ import fsspec
 import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
+from s3fs import S3FileSystem
 
 from armillary.data_pipeline import folder as folders
 from armillary.data_pipeline.build import build, ensure_built
@@ -305,6 +306,20 @@ def test_bad_urls_are_refused(storage, proxy, tmp_path):
         far.fetch("not-there.arrow", shard.bytes, shard.xxh3)
     with pytest.raises(DataError, match="bytes where the manifest says 7"):
         far.check_size(shard.file, 7)
+
+
+def test_missing_credentials_are_said_at_once(storage, proxy, tmp_path, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setattr(folders, "FIRST_WAIT", 60)
+    S3FileSystem.clear_instance_cache()
+    with pytest.raises(DataError, match="no credentials") as refused:
+        read_manifest(open_folder(URL, str(tmp_path / "cache")))
+    S3FileSystem.clear_instance_cache()
+    assert "AWS_PROFILE" in refused.value.fix
+    assert not proxy.got
 
 
 def test_any_storage_that_fsspec_knows_will_do(storage, tmp_path):

@@ -73,7 +73,7 @@ def test_json_lines_hold_texts_questions_and_interleaved_parts(tmp_path):
         (Text("a"), Picture(png(1)), Text("b?", learned=False), Answer("c"), Picture(png(2))),
     ]
     assert [d.weight for d in found] == [1.0, 2.0, 1.0]
-    assert found[1].name == "x.jsonl:18"
+    assert found[1].name == "x.jsonl, byte 18"
     (tmp_path / "y.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
     assert parts("jsonl", tmp_path / "y.jsonl.gz") == [d.parts for d in found]
     assert parts("jsonl", lines(tmp_path / "z.jsonl", {"body": "t"}), text_field="body") == [(Text("t"),)]
@@ -116,7 +116,7 @@ def test_tars_of_samples(tmp_path):
         (Text("two"),),
         (Picture(png(3)), Text("q", learned=False), Answer("z")),
     ]
-    assert found[0].name == "x.tar:a/1"
+    assert found[0].name == "x.tar, a/1"
 
 
 def test_folders_of_images_with_captions(tmp_path):
@@ -124,10 +124,21 @@ def test_folders_of_images_with_captions(tmp_path):
         (tmp_path / f"{number}.png").write_bytes(png(number))
     (tmp_path / "1.txt").write_text("beside it")
     lines(tmp_path / "metadata.jsonl", {"file_name": "2.png", "text": "in the list"})
-    assert parts("images", tmp_path) == [
-        (Picture(png(1)), Text("beside it")),
-        (Picture(png(2)), Text("in the list")),
-    ]
+    found = [(Picture(png(1)), Text("beside it")), (Picture(png(2)), Text("in the list"))]
+    assert parts("images", tmp_path) == found
+    (tmp_path / "odd.picture").write_bytes(png(3))
+    listed = [{"file_name": name, "text": "in the list"} for name in ("2.png", "missing.png", "odd.picture")]
+    lines(tmp_path / "metadata.jsonl", *listed)
+    (tmp_path / "4.png").write_bytes(png(4))
+    (tmp_path / "4.txt").write_text(" \n")
+    (tmp_path / "5.png").write_bytes(png(5))
+    one, two, empty, none, missing, odd = documents("images", tmp_path)
+    assert [one.parts, two.parts] == found
+    assert odd.parts == (Picture(png(3)), Text("in the list"))
+    assert (empty.what, empty.where) == ("a record cannot be used: its image has an empty caption", "4.png")
+    assert none.what == missing.what == "a file cannot be read: No such file or directory"
+    assert none.where == f"5.png: {tmp_path / '5.txt'}"
+    assert missing.where == f"missing.png: {tmp_path / 'missing.png'}"
 
 
 @pytest.mark.parametrize(
@@ -145,6 +156,8 @@ def test_folders_of_images_with_captions(tmp_path):
         (b'{"text": "a", "weight": 0}', "weight"),
         (b'{"text": "a", "weight": NaN}', "weight"),
         (b'{"text": "a", "image": 3}', "an image is no path"),
+        (b'{"text": "a", "question": "b", "answer": "c"}', "whose order nobody knows"),
+        (b'{"text": "", "image": "data:image/png;base64,PNG"}', "empty caption"),
         (b'{"text": "a", "image": "missing.png"}', "cannot be read"),
         (b'{"text": "a", "image": "../outside.png"}', "outside the source's folder"),
         (b'{"text": "a", "image": "link.png"}', "outside the source's folder"),
@@ -158,10 +171,10 @@ def test_a_record_that_cannot_be_used_is_named_with_its_reason(tmp_path, line, w
     folder.mkdir()
     (tmp_path / "outside.png").write_bytes(png())
     (folder / "link.png").symlink_to(tmp_path / "outside.png")
-    (folder / "x.jsonl").write_bytes(line + b"\n")
+    (folder / "x.jsonl").write_bytes(line.replace(b"PNG", base64.b64encode(png())) + b"\n")
     ((what, where),) = problems("jsonl", folder / "x.jsonl")
     assert words in what
-    assert "x.jsonl" in where or words in ("cannot be read", "outside the source's folder", "cannot be decoded")
+    assert where.startswith("x.jsonl, byte 0")
 
 
 def test_files_that_are_not_what_they_should_be(tmp_path):
@@ -176,6 +189,20 @@ def test_files_that_are_not_what_they_should_be(tmp_path):
             documents(kind, tmp_path)
     ((what, _),) = problems("text", tmp_path)
     assert "not valid UTF-8" in what
+
+
+def test_places_are_named_from_the_source_on(tmp_path):
+    (tmp_path / "en").mkdir()
+    path = lines(tmp_path / "en" / "x.jsonl", {"text": 1}, {"text": 2})
+    assert [where for _, where in problems("jsonl", tmp_path)] == [f"en/x.jsonl, byte {at}" for at in (0, 12)]
+    assert [where for _, where in problems("jsonl", path)] == [f"x.jsonl, byte {at}" for at in (0, 12)]
+
+
+def test_a_file_of_another_kind_is_refused_and_an_empty_one_read(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b"")
+    with pytest.raises(DataError, match=r"none of the endings of its kind: \.txt, "):
+        documents("text", tmp_path / "x.jsonl")
+    assert documents("jsonl", tmp_path / "x.jsonl") == []
 
 
 def test_a_source_without_files_is_refused(tmp_path):

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,20 @@ def test_job_check_says_what_it_comes_to(job_file, armillary):
     assert "2 ranks" in done.stdout
     report = json.loads(armillary("job", "check", job_file, "--json").stdout)
     assert report["job"]["model"]["hidden_size"] == 32
+    assert report["warnings"] == []
+
+
+def test_job_check_warns_of_what_is_not_there_and_of_what_never_comes(job_file, armillary, tmp_path):
+    sources = 'data.sources=[{ kind = "jsonl", name = "web", path = "~/none" }, { kind = "pydoc" }]'
+    schedule = "data.schedule=[{ from_positions = 1_000_000_000, weights = { web = 0.5 } }]"
+    given = (sources, schedule, "data.tokenizer=none.json", f"data.path={tmp_path / 'nowhere'}")
+    done = armillary("job", "check", job_file, *given)
+    assert done.returncode == 0
+    assert f"# warning: data.sources: web: there is nothing at {Path.home() / 'none'}\n" in done.stdout
+    assert "# warning: data.tokenizer: there is nothing at " in done.stdout
+    assert "before from_positions = 1,000,000,000" in done.stdout
+    assert len(json.loads(armillary("job", "check", job_file, *given, "--json").stdout)["warnings"]) == 3
+    refused(armillary("job", "check", job_file, "data.seq_length=8"), "data.seq_length", "an image takes")
 
 
 def test_job_explain_lists_every_key(armillary):

@@ -1,6 +1,8 @@
 """`armillary data ...` as a user types it."""
 
 import json
+import signal
+import subprocess
 
 import pytest
 from PIL import Image
@@ -10,7 +12,7 @@ from armillary.data_pipeline.folder import LocalFolder
 from armillary.launcher.job import load_job
 from armillary.launcher.run import Run
 from armillary.launcher.where import Where
-from tests.conftest import refused
+from tests.conftest import ARMILLARY, refused
 from tests.data_pipeline.test_sources import lines, png
 
 
@@ -47,10 +49,12 @@ def test_build_inspect_and_verify(job, armillary, tmp_path):
     sources = json.loads(done.stdout)["sources"]
     assert (sources["texts"]["documents"], sources["pictures"]["documents"]) == (200, 2)
     assert sources["pictures"]["dropped"] == {"could not be used": 1}
-    assert "part 4 of 4" in done.stderr
+    assert "texts: 4 of 4 parts written" in done.stderr
     told = armillary("data", "inspect", "shards", "--sheet", "sheet.png", "--count", "2")
     assert told.returncode == 0, told.stderr
+    assert "the sheet is in sheet.png" in told.stderr
     assert "200 documents" in told.stdout
+    assert "1 shard\n" in told.stdout
     assert "[image] picture" in told.stdout
     assert "dropped 1: could not be used" in told.stdout
     with Image.open(tmp_path / "sheet.png") as sheet:
@@ -69,12 +73,16 @@ def test_build_inspect_and_verify(job, armillary, tmp_path):
     assert speed["positions_per_second"] > 0
     assert 0.8 < speed["utilisation"] <= 1
     assert "rows are filled to" in armillary("data", "bench", job, "--seconds", "0.3").stdout
-    assert "5 shards are as they were written" in armillary("data", "verify", "shards").stdout
+    assert "5 shards read and compared: nothing is damaged" in armillary("data", "verify", "shards").stdout
     shard = next((tmp_path / "shards").glob("texts-00002-*.arrow"))
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    refused(armillary("data", "verify", "shards"), "1 of 5 shards are damaged", shard.name)
+    (other,) = (tmp_path / "shards").glob("pictures-*[0-9].arrow")
+    other.write_bytes(other.read_bytes()[:-1])
+    told = armillary("data", "verify", "shards")
+    refused(told, "2 of 5 shards are damaged", f"{shard.name}: batch 0 of a shard is corrupted", f"{other.name}: ")
+    refused(armillary("data", "build", job, "data.vocab_size=300"), "another data.vocab_size", "--force")
     assert json.loads(armillary("data", "verify", "shards", "--json").stdout)["damaged"][0]["where"].endswith(
         shard.name
     )
@@ -84,8 +92,21 @@ def test_build_inspect_and_verify(job, armillary, tmp_path):
 def test_a_build_over_processes_stops_at_the_first_bad_record(job, armillary, tmp_path):
     with open(tmp_path / "texts" / "2.jsonl", "a") as file:
         file.write("no json\n")
-    refused(armillary("data", "build", job, "--workers", "2"), "cannot be used", "2.jsonl:")
+    refused(armillary("data", "build", job, "--workers", "2"), "cannot be used", "2.jsonl, byte ")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["job.toml", "pictures", "texts"]
+
+
+def test_ctrl_c_says_how_to_go_on(job, tmp_path):
+    with open(tmp_path / "texts" / "9.jsonl", "w") as file:
+        file.writelines(json.dumps({"text": f"{number:x} and {number * number:x}"}) + "\n" for number in range(500_000))
+    command = [ARMILLARY, "data", "build", job, "--workers", "1"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert "training a tokenizer" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130, told
+    assert told == "interrupted; the same command goes on where it stopped\n"
+    assert not (tmp_path / "shards").exists()
 
 
 def test_copies_are_found_over_processes(job, armillary, tmp_path):
@@ -125,6 +146,9 @@ def test_where_tells_steps_from_documents_and_back(job, armillary, tmp_path, mon
     assert json.loads(told.stdout)["documents"] == seen[17]
     told = armillary("data", "where", "run", "--document", f"texts:{number}")
     assert told.stdout.split() == [str(step) for step in steps]
+    told = armillary("data", "where", "run", "--step", "17").stdout.splitlines()
+    assert told[0].startswith("row  document  ")
+    assert len(told) == 1 + len(seen[17])
     refused(armillary("data", "where", "run"), "either a step or a document")
     refused(armillary("data", "where", "run", "--step", "41"), "has not done step 41")
     refused(armillary("data", "where", "run", "--document", "texts:200"), "no document 200")
