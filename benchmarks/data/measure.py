@@ -1,7 +1,8 @@
 """One measurement in a process of its own: `python -m benchmarks.data.measure CONTENDER WHAT FOLDER`, one JSON line.
 
 WHAT: text (windows of 2,048 tokens, batches of 64), packed, written (ours alone: as it is delivered; with the labels
-and positions that follow from it written out), images (files as they are), decoded (in one thread), decoded2 (in two);
+and positions that follow from it written out), images (files as they are), decoded (in one thread), decoded2 (in two),
+workers (of peers: decoded and batched by two worker processes of PyTorch's DataLoader, as their documentation has it);
 limits: gather (a memory map's rows, copied in shuffled order), decoder (simplejpeg alone).
 """
 
@@ -63,6 +64,18 @@ def in_threads(images: Iterable[bytes], threads: int) -> Iterator[int]:
                 yield waiting.popleft().result()
 
 
+def in_workers(contender, folder: Path) -> Iterator[int]:
+    """Decode and batch in two processes; the pixels come over shared memory."""
+    import torch
+
+    class Decoded(torch.utils.data.IterableDataset):
+        def __iter__(self) -> Iterator[np.ndarray]:
+            return (simplejpeg.decode_jpeg(data, "RGB") for data in contender.images(folder))
+
+    for batch in torch.utils.data.DataLoader(Decoded(), peers.BATCH, num_workers=2):
+        yield len(batch)
+
+
 def main() -> None:
     name, what, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     started = time.perf_counter()
@@ -83,6 +96,8 @@ def main() -> None:
                 found = rate(map(pixels, contender.images(folder)), started)
             case "decoded2":
                 found = rate(in_threads(contender.images(folder), 2), started)
+            case "workers":
+                found = rate(in_workers(contender, folder), started)
     print(json.dumps(found))
 
 

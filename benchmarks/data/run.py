@@ -17,7 +17,8 @@ from rich.table import Table
 
 from benchmarks.data.peers import PEERS
 
-WHAT = ("text", "packed", "written", "images", "decoded", "decoded2")
+WHAT = ("text", "packed", "written", "images", "decoded", "decoded2", "workers")
+SHARE = ("litdata", "streaming", "streaming, predownload 65536", "webdataset", "datasets")  # PyTorch's workers
 LIMITS = {"text": "gather", "packed": "gather", "written": "gather", "decoded": "decoder", "decoded2": "decoder"}
 
 
@@ -41,7 +42,7 @@ def main() -> None:
     args = options.parse_args()
     pairs = [("limit", limit) for limit in sorted({LIMITS[what] for what in args.only if what in LIMITS})]
     for what in args.only:
-        pairs += [(name, what) for name in ("armillary", *contenders(what))]
+        pairs += [(name, what) for name in contenders(what)]
     found: dict[str, list[dict]] = {}
     for number in range(args.rounds):
         for name, what in pairs:
@@ -61,10 +62,15 @@ def main() -> None:
 
 
 def contenders(what: str) -> list[str]:
-    """The peers that can do it."""
+    """Who can do it."""
+    if what == "workers":
+        return list(SHARE)
     if what in ("packed", "written"):
-        return []
-    return [name for name, peer in PEERS.items() if hasattr(peer, "text" if what == "text" else "images")]
+        return ["armillary"]
+    return [
+        "armillary",
+        *(name for name, peer in PEERS.items() if hasattr(peer, "text" if what == "text" else "images")),
+    ]
 
 
 def plot(medians: dict[str, dict], path: Path) -> None:
@@ -96,7 +102,8 @@ def show(medians: dict[str, dict]) -> None:
         cells = []
         for what in WHAT:
             key = f"limit|{LIMITS.get(what)}" if name == "limit" else f"{name}|{what}"
-            mine, theirs = medians.get(f"armillary|{what}"), medians.get(key)
+            mine = medians.get(f"armillary|{'decoded2' if what == 'workers' else what}")
+            theirs = medians.get(key)
             cell = f"{theirs['rate']:,.0f}" if theirs else ""
             cells.append(
                 f"{cell} ({mine['rate'] / theirs['rate']:.2f})" if theirs and mine and name != "armillary" else cell
