@@ -80,8 +80,9 @@ class Locator:
         laid = (entries.first < 0) | compressed[block.source]
         begin = np.concatenate([one.tokens_at for one in readers])[batch] + entries.first * width
         end, size = begin + entries.tokens * width, np.array([one.size for one in readers])[reader]
-        for document in np.flatnonzero(~laid & ((begin < 0) | (end > size))):
-            raise readers[reader[document]].inconsistent()
+        outside = reader[~laid & ((begin < 0) | (end > size))]
+        if len(outside):
+            raise readers[outside[0]].inconsistent()
         begin += np.array([one.address for one in readers])[reader]
 
         # Of pieces from here on. Padding is of document -1.
