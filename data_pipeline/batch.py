@@ -1,18 +1,20 @@
-"""A packed batch: what one micro-batch of one data-parallel rank looks like, and how it is made of documents."""
+"""A packed batch: what one micro-batch of one data-parallel rank looks like, and how it is made of pieces."""
 
-import bisect
 import collections
 import functools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from armillary.data_pipeline.document import LEARNED
 from armillary.data_pipeline.gather import gather
 from armillary.data_pipeline.images import ImageShape, patchify
+from armillary.data_pipeline.layout import Documents, Laid, Layout, lay_out, plain
 from armillary.data_pipeline.shards import Columns
-from armillary.data_pipeline.shuffle import key_of
+
+_NONE = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class PackedBatch:
 
     tokens_T: np.ndarray  # uint16 or uint32, as in the shards
     last_labels: np.ndarray  # [pieces], the same: the token that follows each piece in its document; 0 for padding
-    loss_mask_T: np.ndarray  # float32: the weight of the label in the loss, 0 where it is not learned
+    mask_bounds: np.ndarray  # int32 [runs + 1]: positions up to each run of labels with one weight
+    mask_values: np.ndarray  # float32 [runs]: the labels' weight in the loss, 0 where they are not learned
     cu_seqlens: np.ndarray  # int32 [pieces + 1]; padding is a piece of its own
     piece_sources: np.ndarray  # int32 [pieces]: number of the source in `data.sources`; -1: padding
     patches_IND: np.ndarray  # uint8: images x patches x patch_dim
@@ -39,6 +42,11 @@ class PackedBatch:
         labels_T[:-1] = self.tokens_T[1:]
         labels_T[self.cu_seqlens[1:] - 1] = self.last_labels
         return labels_T
+
+    @property
+    def loss_mask_T(self) -> np.ndarray:
+        """The weight of each label in the loss, float32."""
+        return np.repeat(self.mask_values, np.diff(self.mask_bounds))
 
     @property
     def positions_T(self) -> np.ndarray:
@@ -58,108 +66,69 @@ class PackedBatch:
 
 
 @dataclass(frozen=True)
-class Laid:
-    """A piece of a document with images, roles or a weight: its input positions [start, stop)."""
+class Image:
+    """An image of a batch: its first position, its file, and what names its random variation (None: as it is)."""
 
-    columns: Columns  # where the document is
-    row: int  # its number there
-    start: int
-    stop: int
-    variation: int = 0  # names the random variation of its images; 0: as they are
+    place: int
+    data: memoryview
+    variation: int | None = None
 
 
-@dataclass(frozen=True)
-class Pieces:
-    """What a batch is made of, one piece behind the other. Padding is a piece of source -1, over `blank`.
-
-    A piece is a stretch of tokens in memory, and behind it stands the label of its last position. A piece that `laid`
-    has is made of more; its own stretch is an empty one of `blank`.
-    """
+class Pieces(NamedTuple):
+    """What a batch is made of, one piece behind the other: stretches of tokens in memory, and runs of labels of one
+    weight. Behind a piece's last stretch stands the label of its last position. Padding is a piece of source -1."""
 
     bounds: np.ndarray  # int64 [pieces + 1]: positions up to each piece, and in all
-    source: np.ndarray  # int32
-    address: np.ndarray  # int64: where its tokens begin
-    count: np.ndarray  # int64: how many
-    held: list  # what owns the memory, which stays for so long
-    laid: dict[int, Laid] = field(default_factory=dict)
+    source: np.ndarray  # int32 [pieces]
+    address: np.ndarray  # int64 [stretches]: where its tokens begin
+    count: np.ndarray  # int64 [stretches]: how many
+    last: np.ndarray | None  # int64 [pieces]: its last stretch; None: each has one
+    mask_bounds: np.ndarray  # int64 [runs + 1]: positions up to each run
+    mask_value: np.ndarray  # float32 [runs]
+    image_place: np.ndarray  # int64 [images]: the first position of each
+    images: list[Image]  # none for a rank that never sees them
+    held: list  # the owners of that memory: while these are here, it is
 
 
 def joined(parts: list[Pieces]) -> Pieces:
     """The pieces of several parts behind each other."""
     if len(parts) == 1:
         return parts[0]
-    laid, bounds, count, before = {}, [np.zeros(1, np.int64)], 0, 0
+    found = {name: [] for name in Pieces._fields}
+    found["bounds"], found["mask_bounds"] = [np.zeros(1, np.int64)], [np.zeros(1, np.int64)]
+    at, stretches = 0, 0
     for part in parts:
-        laid |= {count + number: piece for number, piece in part.laid.items()}
-        bounds.append(before + part.bounds[1:])
-        count += len(part.count)
-        before += int(part.bounds[-1])
-    columns = ([getattr(part, name) for part in parts] for name in ("source", "address", "count"))
-    held = [owner for part in parts for owner in part.held]
-    return Pieces(np.concatenate(bounds), *map(np.concatenate, columns), held, laid)
+        found["bounds"].append(at + part.bounds[1:])
+        found["last"].append(stretches + (np.arange(len(part.count)) if part.last is None else part.last))
+        found["mask_bounds"].append(at + part.mask_bounds[1:])
+        found["image_place"].append(at + part.image_place)
+        found["images"] += [Image(at + one.place, one.data, one.variation) for one in part.images]
+        found["held"] += part.held
+        for name in ("source", "address", "count", "mask_value"):
+            found[name].append(getattr(part, name))
+        at += int(part.bounds[-1])
+        stretches += len(part.count)
+    return Pieces(**{name: one if name in ("images", "held") else np.concatenate(one) for name, one in found.items()})
 
 
 def assemble(
-    pieces: Pieces,
-    dtype: np.dtype,
-    shape: ImageShape,
-    image_token: int,
-    *,
-    with_images: bool = True,
-    each: Callable[[Callable, Iterable], Iterable] = map,
+    pieces: Pieces, dtype: np.dtype, shape: ImageShape, each: Callable[[Callable, Iterable], Iterable] = map
 ) -> PackedBatch:
-    """Lay pieces behind each other; `dtype` is that of the shards' tokens.
-
-    `with_images=False` leaves the patches out, for a rank that never sees them. `each` is `map`, or that of a pool
-    of threads: it decodes the images.
-    """
-    bounds, address, count = pieces.bounds, pieces.address, pieces.count
-    mask_T = _ones(int(bounds[-1]))
-    padding = (pieces.source < 0).nonzero()[0].tolist()
-    if pieces.laid or padding:
-        mask_T = mask_T.copy()
-    laid = {
-        number: _lay(piece, int(bounds[number]), shape, image_token, mask_T) for number, piece in pieces.laid.items()
-    }
-    if laid:
-        address, count, last = _spliced(pieces, laid)
-    tokens_T, last_labels = np.empty(len(mask_T), dtype), np.empty(len(count), dtype)
-    gather(address, count, dtype.itemsize, tokens_T, last_labels)
-    if laid:
-        last_labels = last_labels[last]
-        last_labels[list(laid)] = [piece.label for piece in laid.values()]
-    for number in padding:
-        mask_T[bounds[number] : bounds[number + 1]] = 0
-    images = [image for _, piece in sorted(laid.items()) for image in piece.images]
+    """Copy pieces behind each other; `dtype` is that of the shards' tokens. `each` is `map`, or that of a pool of
+    threads: it decodes the images."""
+    positions = int(pieces.bounds[-1])
+    tokens_T, behind = np.empty(positions, dtype), np.empty(len(pieces.count), dtype)
+    gather(pieces.address, pieces.count, dtype.itemsize, tokens_T, behind)
     return PackedBatch(
         tokens_T=tokens_T,
-        last_labels=last_labels,
-        loss_mask_T=mask_T,
-        cu_seqlens=bounds.astype(np.int32),
+        last_labels=behind if pieces.last is None else behind[pieces.last],
+        mask_bounds=pieces.mask_bounds.astype(np.int32),
+        mask_values=pieces.mask_value,
+        cu_seqlens=pieces.bounds.astype(np.int32),
         piece_sources=pieces.source,
-        patches_IND=_patches(images if with_images else [], shape, each),
-        image_starts_I=np.array([image.place for image in images], np.int64),
+        patches_IND=_patches(pieces.images, shape, each),
+        image_starts_I=pieces.image_place,
     )
-
-
-def _spliced(pieces: Pieces, laid: dict[int, "_LaidOut"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The addresses and counts of all stretches, and which of them is the last of each piece."""
-    stretches = np.ones(len(pieces.count), np.int64)
-    stretches[list(laid)] = [len(piece.stretches) for piece in laid.values()]
-    last = np.cumsum(stretches) - 1
-    address, count = np.repeat(pieces.address, stretches), np.repeat(pieces.count, stretches)
-    for number, piece in laid.items():
-        where = slice(last[number] + 1 - len(piece.stretches), last[number] + 1)
-        address[where], count[where] = zip(*piece.stretches, strict=True)
-    return address, count, last
-
-
-@functools.lru_cache(4)
-def _ones(count: int) -> np.ndarray:
-    """Shared, so that it cannot be written to."""
-    ones = np.ones(count, np.float32)
-    ones.flags.writeable = False
-    return ones
 
 
 @functools.lru_cache(4)
@@ -168,83 +137,86 @@ def _numbers(count: int) -> np.ndarray:
     return np.arange(count, dtype=np.int32)
 
 
-@functools.cache
-def blank(count: int, dtype: np.dtype, token: int = 0) -> np.ndarray:
-    """A token, `count` times and once more. It is never freed, so that its address can be handed on."""
-    return np.full(count + 1, token, dtype)
-
-
 def address_of(array: np.ndarray) -> int:
     """Where an array's numbers begin in memory."""
     return array.__array_interface__["data"][0]
 
 
-def whole_documents(columns: Columns, seq_length: int, shape: ImageShape) -> Pieces:
-    """All documents of a batch, none cut, in rows of `seq_length` positions: for `assemble`."""
+def whole_documents(columns: Columns, seq_length: int, shape: ImageShape, image_token: int) -> Pieces:
+    """All documents of a batch, of two tokens or more and none cut, in rows of `seq_length` positions."""
+    dtype = columns.tokens.dtype
     lengths = np.diff(columns.offsets) - 1 + np.diff(columns.image_offsets) * (shape.positions - 1)
+    assert lengths.min() > 0, "a document has no position"
     assert lengths.max() <= seq_length, f"a document takes {lengths.max()} positions, a row has {seq_length}"
-    length, source, laid, room = [], [], {}, seq_length
-    for row, positions in enumerate(lengths.tolist()):
+    document, length, room = [], [], seq_length  # of pieces; padding is document -1
+    for number, positions in enumerate(lengths.tolist()):
         if positions > room:
+            document.append(-1)
             length.append(room)
-            source.append(-1)
             room = seq_length
-        laid[len(length)] = Laid(columns, row, 0, positions)
+        document.append(number)
         length.append(positions)
-        source.append(0)
         room -= positions
     if room:
+        document.append(-1)
         length.append(room)
-        source.append(-1)
-    address = np.full(len(length), address_of(blank(seq_length, columns.tokens.dtype)))
-    count = np.where(np.array(source) < 0, length, 0)
-    return Pieces(np.cumsum([0, *length]), np.array(source, np.int32), address, count, [columns], laid)
+    of, length = np.array(document), np.array(length)
+    filled = np.flatnonzero(of >= 0)
+    nothing, image_tokens = np.zeros(seq_length + 1, dtype), np.full(shape.positions + 1, image_token, dtype)
+    padding = np.full(len(of), address_of(nothing))
+    laid = Laid(filled, of[filled], np.zeros(len(filled), np.int64), length[filled])
+    image = address_of(image_tokens)
+    layout = lay_out(
+        plain(length, padding, np.zeros(len(of), np.float32)),
+        documents_of(columns),
+        laid,
+        shape.positions,
+        dtype.itemsize,
+        image,
+    )
+    source = np.where(of < 0, -1, 0).astype(np.int32)
+    images = [Image(place, columns.image(number)) for number, place in enumerate(layout.image_place.tolist())]
+    return pieces_of(layout, 0, len(of), source, images, [columns, nothing, image_tokens])
 
 
-@dataclass(frozen=True)
-class _Image:
-    place: int  # its first position in the batch
-    data: np.ndarray
-    variation: int | None
+def documents_of(columns: Columns) -> Documents:
+    """All documents of a batch, for `lay_out`."""
+    return Documents(
+        address=address_of(columns.tokens) + columns.offsets[:-1].astype(np.int64) * columns.tokens.itemsize,
+        tokens=np.diff(columns.offsets).astype(np.int64),
+        weight=columns.weights,
+        image_at=columns.image_at.astype(np.int64),
+        image_ends=columns.image_offsets[1:].astype(np.int64),
+        span_end=columns.span_ends.astype(np.int64),
+        span_learned=LEARNED[columns.span_roles],
+        span_ends=columns.span_offsets[1:].astype(np.int64),
+    )
 
 
-@dataclass(frozen=True)
-class _LaidOut:
-    stretches: list[tuple[int, int]]  # (address, count)
-    label: int  # of its last position
-    images: list[_Image]
-
-
-def _lay(piece: Laid, at: int, shape: ImageShape, image_token: int, mask_T: np.ndarray) -> _LaidOut:
-    """Lay one piece. Position p of the document goes to at + p - start of the batch; an image takes several."""
-    columns, row, start, stop, width = piece.columns, piece.row, piece.start, piece.stop, shape.positions
-    first, length = int(columns.offsets[row]), int(columns.offsets[row + 1] - columns.offsets[row])
-    numbers = range(columns.image_offsets[row], columns.image_offsets[row + 1])
-    image_tokens = columns.image_at[numbers.start : numbers.stop].tolist()
-    dtype = columns.tokens.dtype
-    image = address_of(blank(width, dtype, image_token))
-    shift, begin, label, stretches, found = at - start, 0, image_token, [], []
-    for k, end in enumerate([*image_tokens, length]):  # tokens [begin, end) stand behind k images
-        wider = k * (width - 1)
-        low, high = max(begin + wider, start), min(end + wider, stop)
-        if low < high:
-            stretches.append((columns.address + (low + first - wider) * dtype.itemsize, high - low))
-        if begin + wider <= stop < end + wider:
-            label = int(columns.tokens[first + stop - wider])
-        if k < len(numbers) and start <= end + wider < stop:
-            stretches.append((image, min(width, stop - end - wider)))
-            variation = int(key_of(piece.variation, numbers[k])) if piece.variation else None
-            found.append(_Image(end + wider + shift, columns.image(numbers[k]), variation))
-        begin = end + 1
-    weight = columns.weights[row]
-    mask_T[at : at + stop - start] = 0
-    begin = 0
-    for end, role in columns.spans(row) or [(length, 0)]:
-        if LEARNED[role]:
-            wider = bisect.bisect_left(image_tokens, begin) * (width - 1) - 1  # the label stands a position earlier
-            mask_T[max(begin + wider, start) + shift : max(min(end + wider, stop), start) + shift] = weight
-        begin = end
-    return _LaidOut(stretches, label, found)
+def pieces_of(layout: Layout, first: int, last: int, source: np.ndarray, images: list[Image], held: list) -> Pieces:
+    """Pieces [first, last) of a layout; `source` is of these, `images` too."""
+    at, before, count = layout.bounds[first], first - 1, last - first
+    stretch, run, image = (
+        (int(ends[before]) if first else 0, int(ends[last - 1]))
+        for ends in (layout.stretch_ends, layout.mask_ends, layout.image_ends)
+    )
+    bounds = layout.bounds[first : last + 1] - at
+    one_stretch, one_run = (
+        stretch[1] - stretch[0] == count,
+        run[1] - run[0] == count,
+    )  # a piece, as each has one at least
+    return Pieces(
+        bounds=bounds,
+        source=source,
+        address=layout.address[stretch[0] : stretch[1]],
+        count=layout.count[stretch[0] : stretch[1]],
+        last=None if one_stretch else layout.stretch_ends[first:last] - (stretch[0] + 1),
+        mask_bounds=bounds if one_run else layout.mask_bounds[run[0] : run[1] + 1] - at,
+        mask_value=layout.mask_value[run[0] : run[1]],
+        image_place=layout.image_place[image[0] : image[1]] - at if image[0] < image[1] else _NONE,
+        images=images,
+        held=held,
+    )
 
 
 @functools.cache
@@ -252,7 +224,7 @@ def _no_patches(shape: ImageShape) -> np.ndarray:
     return np.empty((0, shape.patches, shape.patch_dim), np.uint8)
 
 
-def _patches(images: list[_Image], shape: ImageShape, each: Callable[[Callable, Iterable], Iterable]) -> np.ndarray:
+def _patches(images: list[Image], shape: ImageShape, each: Callable[[Callable, Iterable], Iterable]) -> np.ndarray:
     if not images:
         return _no_patches(shape)
     patches = np.empty((len(images), shape.patches, shape.patch_dim), np.uint8)

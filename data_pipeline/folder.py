@@ -219,7 +219,7 @@ class RemoteFolder:
                 if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise
                 reason = str(error).strip() or type(error).__name__
-                if "credentials" in reason.lower():
+                if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
                     raise DataError(f"the storage has no credentials: {reason}", self.at(name), CREDENTIALS) from None
             if number < TRIES - 1:
                 time.sleep(FIRST_WAIT * 2**number)

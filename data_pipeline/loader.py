@@ -72,7 +72,7 @@ class Loader:
         if self._remote:
             self._check_cache()
         self._pool = ThreadPoolExecutor(threads, "decode") if threads > 1 else None
-        self._locator = Locator(config, self.corpora, self._dtype)
+        self._locator = Locator(config, self.corpora, shape, self._dtype, self.tokenizer.image)
 
     def _corpus(self, folder: Folder, manifest: Manifest, source: str) -> Corpus | Windows:
         corpus = Corpus(folder, manifest, source, self.tokenizer, OPEN_FETCHED if self._remote else OPEN)
@@ -85,9 +85,8 @@ class Loader:
         the pieces' bounds: then no shard is read."""
         if not with_tokens:
             return self._bounds(rows)
-        pieces = joined([self._locator.pieces(part) for part in rows])
-        each = self._pool.map if self._pool else map
-        return assemble(pieces, self._dtype, self._shape, self.tokenizer.image, with_images=with_images, each=each)
+        pieces = joined([self._locator.pieces(part, with_images) for part in rows])
+        return assemble(pieces, self._dtype, self._shape, self._pool.map if self._pool else map)
 
     def steps(
         self,
@@ -123,7 +122,8 @@ class Loader:
         return PackedBatch(
             tokens_T=none,
             last_labels=none,
-            loss_mask_T=np.empty(0, np.float32),
+            mask_bounds=np.zeros(1, np.int32),
+            mask_values=np.empty(0, np.float32),
             cu_seqlens=np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int32),
             piece_sources=np.empty(0, np.int32),
             patches_IND=np.empty((0, shape.patches, shape.patch_dim), np.uint8),

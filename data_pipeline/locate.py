@@ -6,9 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from armillary.data_pipeline.batch import Laid, Pieces, address_of, blank
+from armillary.data_pipeline.batch import Image, Pieces, address_of, pieces_of
 from armillary.data_pipeline.config import DataConfig
-from armillary.data_pipeline.corpus import Corpus
+from armillary.data_pipeline.corpus import Corpus, Entries
+from armillary.data_pipeline.document import LEARNED
+from armillary.data_pipeline.images import ImageShape
+from armillary.data_pipeline.layout import Documents, Laid, Layout, lay_out, plain, ranges
 from armillary.data_pipeline.plan import Block, Rows
 from armillary.data_pipeline.shards import ShardReader
 from armillary.data_pipeline.shuffle import key_of, mix
@@ -17,93 +20,163 @@ from armillary.data_pipeline.windows import Windows
 
 @dataclass(frozen=True)
 class _Located:
-    """Of each piece of a block, where its tokens are and what else is to be done with it."""
+    """A block's pieces, and the batches of documents that they are of."""
 
-    address: np.ndarray  # int64: see batch.Pieces
-    count: np.ndarray  # int64
-    bounds: np.ndarray  # int64 [pieces + 1]: positions up to each piece, and in all
-    source: np.ndarray  # int32; -1: padding
-    variation: np.ndarray  # uint64: see batch.Laid
-    laid: list[int]  # the pieces that are made of more than their tokens
+    layout: Layout  # addresses of compressed sources count from the beginning of their batch's tokens
+    source: np.ndarray  # int32 [pieces]; -1: padding
+    variation: np.ndarray | None  # uint64 [pieces]: names that of the piece's images; 0: they are as they are
+    compressed: list[int]  # the pieces of compressed sources
+    end: np.ndarray  # int64 [documents]: the byte of its batch's tokens where a document ends
     readers: list[ShardReader]  # that keep the files there
     batch: np.ndarray  # int64 [documents + 1]: which of the readers' batches has a document; the last: none
     batch_begins: list[int]  # the first of each reader's
-    unchecked: set[int]  # those that have not been compared with their checksums
+    unchecked: np.ndarray  # bool [batches + 1]: it has not been compared with its checksum
 
     def check(self, documents: np.ndarray) -> None:
         """Compare the batches of `documents` with their checksums, each once; DataError at the first that differs."""
-        for batch in self.unchecked.intersection(np.unique(self.batch[documents]).tolist()):
+        batches = self.batch[documents]
+        for batch in np.unique(batches[self.unchecked[batches]]).tolist():
             reader = bisect.bisect_right(self.batch_begins, batch) - 1
             self.readers[reader].check(batch - self.batch_begins[reader])
-            self.unchecked.discard(batch)
+            self.unchecked[batch] = False
 
 
 class Locator:
-    """Finds the pieces of rows. `dtype` is that of the shards' tokens."""
+    """Finds the pieces of rows. `dtype` is that of tokens, `image_token` the one that stands for an image."""
 
-    def __init__(self, config: DataConfig, corpora: list[Corpus | Windows], dtype: np.dtype):
-        self._corpora, self._width = corpora, dtype.itemsize
-        self._blank = address_of(blank(config.seq_length, dtype))
+    def __init__(
+        self,
+        config: DataConfig,
+        corpora: list[Corpus | Windows],
+        shape: ImageShape,
+        dtype: np.dtype,
+        image_token: int,
+    ):
+        self._corpora, self._itemsize, self._width = corpora, dtype.itemsize, shape.positions
+        self._padding = np.zeros(config.seq_length + 1, dtype)
+        self._image = np.full(shape.positions + 1, image_token, dtype)
         self._first_shard = np.cumsum([0, *(len(corpus.shard_sizes) for corpus in corpora)])
+        self._compressed = np.array([corpus.compressed for corpus in corpora])
         self._augment, self._seed = np.array([source.augment for source in config.sources]), config.seed
         self._located = functools.lru_cache(2)(self._locate)  # a step may end one block and begin another
 
-    def pieces(self, rows: Rows) -> Pieces:
+    def pieces(self, rows: Rows, with_images: bool) -> Pieces:
         """What rows are made of; DataError where a batch that they need is damaged."""
         first, last = rows.pieces
         block, located = rows.block, self._located(rows.block)
-        packed = block.packed
-        if located.unchecked:
-            located.check(packed.document[first:last])
-        low, high = bisect.bisect_left(located.laid, first), bisect.bisect_left(located.laid, last)
-        laid = {}
-        for number in located.laid[low:high]:
-            document = int(packed.document[number])
+        located.check(block.packed.document[first:last])
+        images = self._images(block, located, first, last) if with_images else []
+        held = [located.readers, self._padding, self._image]
+        pieces = pieces_of(located.layout, first, last, located.source[first:last], images, held)
+        low, high = bisect.bisect_left(located.compressed, first), bisect.bisect_left(located.compressed, last)
+        return self._unpacked(pieces, block, located, located.compressed[low:high], first) if low < high else pieces
+
+    def _images(self, block: Block, located: _Located, first: int, last: int) -> list[Image]:
+        layout, found = located.layout, []
+        begin, end = int(layout.image_ends[first - 1]) if first else 0, int(layout.image_ends[last - 1])
+        pieces = np.searchsorted(layout.image_ends, np.arange(begin, end), side="right")
+        for piece, place, number in zip(
+            pieces.tolist(),
+            layout.image_place[begin:end].tolist(),
+            layout.image_number[begin:end].tolist(),
+            strict=True,
+        ):
+            document = int(block.packed.document[piece])
             source, shard, batch = block.batch_of(document)
-            laid[number - first] = Laid(
-                self._corpora[source].columns(shard, batch),
-                int(block.entries.row[document]),
-                int(packed.start[number]),
-                int(packed.stop[number]),
-                int(located.variation[number]),
-            )
-        mine = slice(first, last)
-        bounds = located.bounds[first : last + 1] - located.bounds[first]
-        return Pieces(bounds, located.source[mine], located.address[mine], located.count[mine], located.readers, laid)
+            columns = self._corpora[source].columns(shard, batch)
+            name = int(located.variation[piece]) if located.variation is not None else 0
+            variation = int(key_of(name, number)) if name else None
+            data = columns.image(int(columns.image_offsets[block.entries.row[document]]) + number)
+            found.append(Image(place - int(layout.bounds[first]), data, variation))
+        return found
+
+    def _unpacked(self, pieces: Pieces, block: Block, located: _Located, compressed: list[int], first: int) -> Pieces:
+        """The same, where the tokens of compressed batches are, now that they are unpacked."""
+        address, held, of_image = pieces.address.copy(), list(pieces.held), located.layout.of_image
+        before = int(located.layout.stretch_ends[first - 1]) if first else 0
+        for piece in compressed:
+            source, shard, batch = block.batch_of(block.packed.document[piece])
+            columns = self._corpora[source].columns(shard, batch)
+            held.append(columns)
+            if located.end[block.packed.document[piece]] > columns.tokens.nbytes:
+                raise self._corpora[source].reader(shard).inconsistent()
+            begin = int(located.layout.stretch_ends[piece - 1]) if piece else 0
+            mine = slice(begin, int(located.layout.stretch_ends[piece]))
+            address[mine.start - before : mine.stop - before] += np.where(of_image[mine], 0, address_of(columns.tokens))
+        return pieces._replace(address=address, held=held)
 
     def _locate(self, block: Block) -> _Located:
-        packed, entries, of, width = block.packed, block.entries, block.packed.document, self._width
+        packed, entries, of = block.packed, block.entries, block.packed.document
         readers, reader = self._readers(block)
         batch_begins = np.cumsum([0, *(len(one.checked) for one in readers)])
         batch = batch_begins[reader] + entries.batch
-        compressed = np.array([corpus.compressed for corpus in self._corpora])
-        laid = (entries.first < 0) | compressed[block.source]
-        begin = np.concatenate([one.tokens_at for one in readers])[batch] + entries.first * width
-        end, size = begin + entries.tokens * width, np.array([one.size for one in readers])[reader]
-        outside = reader[~laid & ((begin < 0) | (end > size))]
+        compressed = self._compressed[block.source]
+        begin = entries.first * self._itemsize
+        tokens_at = np.concatenate([one.tokens_at for one in readers])[batch]
+        end, size = begin + entries.tokens * self._itemsize, np.array([one.size for one in readers])[reader]
+        outside = reader[~compressed & ((tokens_at < 0) | (tokens_at + end > size))]
         if len(outside):
             raise readers[outside[0]].inconsistent()
-        begin += np.array([one.address for one in readers])[reader]
+        begin += np.where(compressed, 0, tokens_at + np.array([one.address for one in readers])[reader])
 
         # Of pieces from here on. Padding is of document -1.
-        padding, lengths = of < 0, packed.stop - packed.start
-        laid = laid[of] & ~padding
-        variation = np.zeros(len(of), np.uint64)
+        padding = of < 0
+        address = np.where(padding, address_of(self._padding), begin[of] + packed.start * self._itemsize)
+        layout = plain(packed.stop - packed.start, address, np.where(padding, 0, 1).astype(np.float32))
+        mixed = np.array([one.mixed for one in readers])
+        if mixed.any():
+            documents, which = self._documents(readers, reader, entries, begin)
+            pieces = np.flatnonzero(~padding & (which[of] >= 0))
+            laid = Laid(pieces, which[of[pieces]], packed.start[pieces], packed.stop[pieces])
+            layout = lay_out(layout, documents, laid, self._width, self._itemsize, address_of(self._image))
+        variation = None
         if self._augment.any():
             names = mix(of.astype(np.uint64) + key_of(self._seed, 2, block.number)) | np.uint64(1)
             variation = np.where(self._augment[block.source[of]], names, np.uint64(0))
         return _Located(
-            address=np.where(padding | laid, self._blank, begin[of] + packed.start * width),
-            count=np.where(laid, 0, lengths),
-            bounds=np.cumsum(np.concatenate([[0], lengths])),
+            layout=layout,
             source=np.where(padding, -1, block.source[of]).astype(np.int32),
             variation=variation,
-            laid=np.flatnonzero(laid).tolist(),
+            compressed=np.flatnonzero(~padding & compressed[of]).tolist() if compressed.any() else [],
             readers=readers,
+            end=end,
             batch=np.append(batch, batch_begins[-1]),
             batch_begins=batch_begins.tolist(),
-            unchecked=set(np.flatnonzero(~np.concatenate([one.checked for one in readers])).tolist()),
+            unchecked=~np.concatenate([*(one.checked for one in readers), [True]]),
         )
+
+    def _documents(
+        self, readers: list[ShardReader], reader: np.ndarray, entries: Entries, begin: np.ndarray
+    ) -> tuple[Documents, np.ndarray]:
+        """Those of the block with images, roles or a weight; and which of these each of the block's is, or -1."""
+        which, columns = np.full(len(reader), -1), []
+        for number in np.flatnonzero([one.mixed for one in readers]).tolist():
+            mine, one = np.flatnonzero(reader == number), readers[number]
+            rows = one.batch_begins[entries.batch[mine]] + entries.row[mine]
+            laid = (entries.images[mine] > 0) | (one.span_offsets[rows + 1] > one.span_offsets[rows])
+            laid |= one.weight[rows] != 1
+            mine, rows = mine[laid], rows[laid]
+            images, image = _listed(one.image_offsets, rows)
+            spans, span = _listed(one.span_offsets, rows)
+            columns.append(
+                (mine, images, one.image_at[image], spans, one.span_ends[span], one.span_roles[span], one.weight[rows])
+            )
+        numbers, images, image_at, spans, span_end, roles, weight = map(np.concatenate, zip(*columns, strict=True))
+        order = np.argsort(numbers)  # as the pieces come, so that what is looked up for them ascends
+        image = ranges((np.cumsum(images) - images)[order], images[order])[1]
+        span = ranges((np.cumsum(spans) - spans)[order], spans[order])[1]
+        numbers = numbers[order]
+        which[numbers] = np.arange(len(numbers))
+        return Documents(
+            address=begin[numbers],
+            tokens=entries.tokens[numbers],
+            weight=weight[order],
+            image_at=image_at[image].astype(np.int64),
+            image_ends=np.cumsum(images[order]),
+            span_end=span_end[span].astype(np.int64),
+            span_learned=LEARNED[roles[span]],
+            span_ends=np.cumsum(spans[order]),
+        ), which
 
     def _readers(self, block: Block) -> tuple[list[ShardReader], np.ndarray]:
         """The shards that a block needs, open, and of each of its documents which of them has it."""
@@ -113,3 +186,9 @@ class Locator:
         for corpus, first, last in zip(self._corpora, self._first_shard, self._first_shard[1:], strict=False):
             readers += [corpus.reader(shard) for shard in np.flatnonzero(needed[first:last]).tolist()]
         return readers, (np.cumsum(needed) - 1)[shards]
+
+
+def _listed(offsets: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of a column of lists: how many items some rows have, and where all of these are."""
+    first, count = offsets[rows].astype(np.int64), (offsets[rows + 1] - offsets[rows]).astype(np.int64)
+    return count, ranges(first, count)[1]

@@ -11,6 +11,7 @@ import numpy as np
 from armillary.data_pipeline.order import Order
 from armillary.data_pipeline.shuffle import key_of, permute
 
+BLOCK_ROWS = 4096  # a block draws documents for about so many rows, and is packed by itself
 ORDER = 3  # of this module and those that it stands on: raised where the same cursor comes to mean another row
 
 

@@ -10,7 +10,7 @@ from armillary.data_pipeline.shuffle import permute
 
 @dataclass(frozen=True)
 class Parts:
-    """What is packed: a document, or a part of one; int64 [n] each.
+    """What is packed: a document, or a part of one, of a length above 0; int64 [n] each.
 
     Part i is the input positions [start[i], start[i] + length[i]) of document[i], with `images[i]` images in it.
     Parts without images may be cut at any position, the others not at all.
@@ -56,7 +56,11 @@ def greedy(parts: Parts, seq_length: int, max_images: int) -> Packed:
     ends, whole = np.cumsum(parts.length), parts.images > 0
     total = int(ends[-1]) if len(ends) else 0
     if whole.any():
-        bounds = np.asarray(_bounds(ends, whole, np.cumsum(parts.images), seq_length, max_images), np.int64)
+        images = np.cumsum(parts.images)
+        bounds = np.array(_bounds(ends, whole, images, seq_length, None), np.int64)
+        held = np.append(0, images)[np.searchsorted(ends, bounds, side="right")]  # a row's end cuts no images
+        if np.diff(held, prepend=0).max() > max_images:
+            bounds = np.array(_bounds(ends, whole, images, seq_length, max_images), np.int64)
     else:
         bounds = np.minimum(np.arange(seq_length, total + seq_length, seq_length), total)
     last = np.searchsorted(ends, bounds, side="left")  # the part that each row ends in or with
@@ -76,23 +80,27 @@ def greedy(parts: Parts, seq_length: int, max_images: int) -> Packed:
     )
 
 
-def _bounds(ends: np.ndarray, whole: np.ndarray, image_ends: np.ndarray, seq_length: int, max_images: int) -> list[int]:
-    """Where rows end in the stream of all parts."""
+def _bounds(
+    ends: np.ndarray, whole: np.ndarray, image_ends: np.ndarray, seq_length: int, max_images: int | None
+) -> list[int]:
+    """Where rows end in the stream of all parts; max_images None: a row may hold any number."""
     part_ends, images_before, may_not_cut = ends.tolist(), image_ends.tolist(), whole.tolist()
-    total, at, bounds = part_ends[-1], 0, []
+    total, at, crossing, bounds = part_ends[-1], 0, 0, []
     while at < total:
         limit = at + seq_length
-        first = bisect.bisect_right(part_ends, at)  # the part that the row opens with
-        budget = (images_before[first - 1] if first else 0) + max_images
-        over = bisect.bisect_right(images_before, budget)  # the part whose images are too many
-        if over < len(part_ends):
-            limit = min(limit, part_ends[over - 1])
+        if max_images is not None:
+            first = bisect.bisect_right(part_ends, at)  # the part that the row opens with
+            budget = (images_before[first - 1] if first else 0) + max_images
+            over = bisect.bisect_right(images_before, budget)  # the part whose images are too many
+            if over < len(part_ends):
+                limit = min(limit, part_ends[over - 1])
         if limit < total:
-            crossing = bisect.bisect_right(part_ends, limit)
-            begin = part_ends[crossing - 1] if crossing else 0
-            if may_not_cut[crossing] and begin < limit:
-                limit = begin
-        at = min(limit, total)
+            crossing = bisect.bisect_right(part_ends, limit, crossing)
+            if may_not_cut[crossing]:
+                limit = part_ends[crossing - 1] if crossing else 0
+        else:
+            limit = total
+        at = limit
         bounds.append(at)
     return bounds
 

@@ -1,6 +1,6 @@
 """From a cursor to rows: which documents a block of the global order has, and which pieces of them make up its rows.
 
-The plan is the same on every rank. It reads indexes alone, but for documents with images that are longer than a row.
+The plan is the same on every rank, and reads indexes alone.
 """
 
 import functools
@@ -13,13 +13,10 @@ from armillary.data_pipeline.config import DataConfig
 from armillary.data_pipeline.corpus import Corpus, Entries, inverse, joined
 from armillary.data_pipeline.cursor import Cursor
 from armillary.data_pipeline.images import ImageShape
-from armillary.data_pipeline.mixture import Mixture, Stage
+from armillary.data_pipeline.mixture import BLOCK_ROWS, Mixture, Stage
 from armillary.data_pipeline.order import Order
-from armillary.data_pipeline.shards import Columns
 from armillary.data_pipeline.shuffle import key_of
 from armillary.data_pipeline.windows import Windows
-
-BLOCK_ROWS = 4096  # a block draws documents for about so many rows, and is packed by itself
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,31 +106,27 @@ class Planner:
         )
         if not long.any():
             return parts
-        cut = []
-        for part in zip(*(column.tolist() for column in (*astuple(parts), long)), strict=True):
-            document, start, length, images, too_long = part
-            if too_long:
-                source_of, shard, batch = (
-                    int(source[document]),
-                    int(entries.shard[document]),
-                    int(entries.batch[document]),
-                )
-                columns = self._corpora[source_of].columns(shard, batch)
-                cut += self._cut_document(columns, int(entries.row[document]), document, length, images)
-            else:
-                cut.append((document, start, length, images))
-        return pack.Parts(*(np.array(column, np.int64) for column in zip(*cut, strict=True)))
+        cut = [self._cut_document(source, entries, parts, number) for number in np.flatnonzero(long).tolist()]
+        counts = np.ones(len(filled), np.int64)
+        counts[long] = [len(starts) for starts, _, _ in cut]
+        of_long = np.repeat(long, counts)
+        columns = [np.repeat(column, counts) for column in astuple(parts)]
+        for column, values in zip(columns[1:], zip(*cut, strict=True), strict=True):
+            column[of_long] = np.concatenate(values)
+        return pack.Parts(*columns)
 
     def _cut_document(
-        self, columns: Columns, row: int, document: int, length: int, images: int
-    ) -> list[tuple[int, int, int, int]]:
-        width, config = self._shape.positions, self._config
-        begin = int(columns.image_offsets[row])
-        starts = columns.image_at[begin : begin + images].astype(np.int64) + np.arange(images) * (width - 1)
+        self, source: np.ndarray, entries: Entries, parts: pack.Parts, number: int
+    ) -> tuple[list[int], list[int], list[int]]:
+        """Start, length and images of each part of a document with images."""
+        document, length = int(parts.document[number]), int(parts.length[number])
+        images, width, config = int(parts.images[number]), self._shape.positions, self._config
+        reader = self._corpora[int(source[document])].reader(int(entries.shard[document]))
+        begin = int(reader.image_offsets[reader.batch_begins[entries.batch[document]] + entries.row[document]])
+        starts = reader.image_at[begin : begin + images].astype(np.int64) + np.arange(images) * (width - 1)
         cuts = pack.cut_between_images(length, starts.tolist(), width, config.seq_length, config.max_images)
         held = np.diff([*np.searchsorted(starts, cuts), images])
-        sizes = np.diff([*cuts, length])
-        return list(zip([document] * len(cuts), cuts, sizes.tolist(), held.tolist(), strict=True))
+        return cuts, np.diff([*cuts, length]).tolist(), held.tolist()
 
 
 def _mixture(config: DataConfig, corpora: list[Corpus | Windows], shape: ImageShape) -> Mixture:

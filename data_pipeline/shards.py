@@ -16,7 +16,7 @@ from armillary.files import write_whole
 from armillary.table import SealedTable, Table
 
 MANIFEST = "manifest.json"
-FORMAT = 3
+FORMAT = 4
 
 
 class Shard(Table):
@@ -73,7 +73,7 @@ def schema_of(vocab_size: int) -> pa.Schema:
     return pa.schema(
         [
             ("tokens", pa.list_(token)),
-            ("spans", pa.list_(pa.struct([("end", pa.uint32()), ("role", pa.uint8())]))),
+            ("spans", SPANS),
             ("images", pa.list_(pa.struct([("at", pa.uint32()), ("data", pa.binary())]))),
             ("weight", pa.float32()),
             ("name", pa.string()),
@@ -81,9 +81,19 @@ def schema_of(vocab_size: int) -> pa.Schema:
     )
 
 
-# Of each document: its tokens, its images, and where its first token stands in its batch; -1 there if it has images,
-# roles or a weight, so that more than its tokens has to be looked at.
-INDEX_SCHEMA = pa.schema([("tokens", pa.uint32()), ("images", pa.uint32()), ("first", pa.int32())])
+SPANS = pa.list_(pa.struct([("end", pa.uint32()), ("role", pa.uint8())]))
+# Of each document all that planning and laying out need: how many tokens and images it has, where its first token
+# stands in its batch's, its weight, the tokens that stand for its images, and its spans.
+INDEX_SCHEMA = pa.schema(
+    [
+        ("tokens", pa.uint32()),
+        ("images", pa.uint32()),
+        ("first", pa.uint32()),
+        ("weight", pa.float32()),
+        ("image_at", pa.list_(pa.uint32())),
+        ("spans", SPANS),
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -157,18 +167,21 @@ class ShardReader:
         index = reader.get_batch(0)
         self.tokens: np.ndarray = index.column(0).to_numpy()  # uint32 [documents]
         self.images: np.ndarray = index.column(1).to_numpy()  # uint32 [documents]
-        self.first: np.ndarray = index.column(2).to_numpy()  # int32 [documents]
+        self.first: np.ndarray = index.column(2).to_numpy()  # uint32 [documents]
+        self.weight: np.ndarray = index.column(3).to_numpy()  # float32 [documents]
+        image_at, spans = index.column(4), index.column(5)
+        self.image_at: np.ndarray = image_at.values.to_numpy()  # uint32 [images]
+        self.image_offsets: np.ndarray = image_at.offsets.to_numpy()  # int32 [documents + 1]
+        self.span_ends: np.ndarray = spans.values.field(0).to_numpy()  # uint32 [spans]
+        self.span_roles: np.ndarray = spans.values.field(1).to_numpy()  # uint8 [spans]
+        self.span_offsets: np.ndarray = spans.offsets.to_numpy()  # int32 [documents + 1]
+        self.mixed = reader.schema.metadata[b"mixed"] == b"true"  # some document has images, roles or a weight
         self._batches = json.loads(reader.schema.metadata[b"batches"])
         self.batch_ends = np.array([batch["documents"] for batch in self._batches], np.int64)
         self.batch_begins = np.concatenate([[0], self.batch_ends[:-1]])
         self.tokens_at = np.array([batch["tokens_at"] for batch in self._batches], np.int64)  # bytes
         self.checked = np.zeros(len(self._batches), bool)  # batches whose checksum was found right
         self.views: dict[int, Columns] = {}
-
-    @functools.cached_property
-    def mixed(self) -> bool:
-        """Whether some document has images, roles or a weight."""
-        return bool((self.first < 0).any())
 
     @property
     def address(self) -> int:

@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-ROUNDS = 4
+ROUNDS, ROUNDS_OF_FEW = 4, 12  # of few numbers, four rounds reach some orders several times as often as others
+FEW = 64
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -52,7 +53,7 @@ def _walk(indices: np.ndarray, size: int, network: Callable, key: np.uint64 | np
     a = math.isqrt(max(size, 1) - 1) + 1
     b = -(-size // a)
     with np.errstate(over="ignore"):
-        round_keys = [mix(key + np.uint64(r + 1) * _GOLDEN) for r in range(ROUNDS)]
+        round_keys = [mix(key + np.uint64(r + 1) * _GOLDEN) for r in range(ROUNDS if size > FEW else ROUNDS_OF_FEW)]
         out = network(np.asarray(indices).astype(np.uint64).ravel(), a, b, round_keys)
         walking = np.flatnonzero(out >= np.uint64(size))
         while walking.size:

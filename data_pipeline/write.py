@@ -85,9 +85,7 @@ class _ShardWriter:
         self._file = pa.OSFile(str(path), "wb")
         options = pa.ipc.IpcWriteOptions(compression=None if compression == "none" else compression)
         self._writer = pa.ipc.new_file(self._file, schema, options=options)
-        self._tokens: list[int] = []
-        self._images: list[int] = []
-        self._first: list[int] = []
+        self._index: dict[str, list] = {name: [] for name in INDEX_SCHEMA.names}
         self._batch_tokens: list[int] = []
         self._ends: list[tuple[int, int]] = []  # bytes, documents
 
@@ -97,13 +95,16 @@ class _ShardWriter:
 
     def write(self, documents: list[Encoded]) -> None:
         self._writer.write_batch(record_batch(documents, self._schema))
-        self._tokens += [len(document.tokens) for document in documents]
-        self._images += [len(document.images) for document in documents]
-        at = 0
+        at, index = 0, self._index
         for document in documents:
-            self._first.append(-1 if document.images or document.spans or document.weight != 1 else at)
+            index["tokens"].append(len(document.tokens))
+            index["images"].append(len(document.images))
+            index["first"].append(at)
+            index["weight"].append(document.weight)
+            index["image_at"].append([place for place, _ in document.images])
+            index["spans"].append(document.spans)
             at += len(document.tokens)
-        self._ends.append((self._file.tell(), len(self._tokens)))
+        self._ends.append((self._file.tell(), len(index["tokens"])))
         self._batch_tokens.append(at)
 
     def close(self) -> Shard:
@@ -122,17 +123,18 @@ class _ShardWriter:
             )
             start = stop
         index_path = self._path.with_suffix(".index.arrow")
-        schema = INDEX_SCHEMA.with_metadata({"batches": json.dumps(batches)})
+        index = self._index
+        mixed = any(index["images"]) or any(index["spans"]) or set(index["weight"]) != {1.0}
+        schema = INDEX_SCHEMA.with_metadata({"batches": json.dumps(batches), "mixed": json.dumps(mixed)})
         with pa.OSFile(str(index_path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
-            columns = (self._tokens, self._images, self._first)
-            arrays = [pa.array(values, field.type) for values, field in zip(columns, schema, strict=True)]
+            arrays = [pa.array(index[field.name], field.type) for field in schema]
             writer.write_batch(pa.record_batch(arrays, schema=schema))
         sync(index_path)
         return Shard(
             file=self._path.name,
-            documents=len(self._tokens),
-            tokens=sum(self._tokens),
-            images=sum(self._images),
+            documents=len(index["tokens"]),
+            tokens=sum(index["tokens"]),
+            images=sum(index["images"]),
             batch_tokens=tuple(self._batch_tokens),
             bytes=self._path.stat().st_size,
             xxh3=checksum(self._path),

@@ -88,8 +88,7 @@ def batches(
             for q in questions[start : start + at_once]
         ]
         columns = Columns.of(record_batch([tokenizer.encode_document(d) for d in documents], schema))
-        pieces = whole_documents(columns, seq_length, shape)
-        yield assemble(pieces, columns.tokens.dtype, shape, tokenizer.image)
+        yield assemble(whole_documents(columns, seq_length, shape, tokenizer.image), columns.tokens.dtype, shape)
 
 
 def score(predicted_T: np.ndarray, batch: PackedBatch) -> tuple[int, int]:

@@ -34,8 +34,7 @@ class Answerer:
         encoded.spans = [(len(encoded.tokens), Role.PROMPT)]
         columns = Columns.of(record_batch([encoded], schema_of(tokenizer.size)))
         length = len(encoded.tokens) - 1 + len(encoded.images) * (shape.positions - 1)
-        pieces = whole_documents(columns, length, shape)
-        batch = assemble(pieces, columns.tokens.dtype, shape, tokenizer.image)
+        batch = assemble(whole_documents(columns, length, shape, tokenizer.image), columns.tokens.dtype, shape)
         device = next(self._model.parameters()).device
         written = generate(
             self._model,

@@ -114,7 +114,7 @@ def inspect(
             image.save(sheet, "png")
         except OSError as error:
             raise JobError(f"the sheet cannot be written: {error.strerror}", sheet, "choose another path") from None
-        Console(stderr=True).print(f"the sheet is in {sheet}", highlight=False, markup=False)
+        Console(stderr=True).print(f"the sheet is in {sheet}", highlight=False, markup=False, soft_wrap=True)
     if as_json:
         texts = {name: [d | {"images": len(d["images"])} for d in drawn] for name, drawn in shown.items()}
         print(json.dumps({"sources": figures, "samples": texts}))

@@ -14,6 +14,7 @@ import tomli_w
 from pydantic import BaseModel, Field, ValidationError
 
 from armillary.data_pipeline.folder import is_url
+from armillary.data_pipeline.mixture import BLOCK_ROWS
 from armillary.errors import JobError
 from armillary.table import Table
 from armillary.training.config import TrainJob
@@ -58,12 +59,11 @@ class Job(TrainJob):
             paths = {f"data.sources: {source.name}": source.path for source in data.sources}
             paths["data.tokenizer"] = data.tokenizer
             found += [f"{key}: there is nothing at {path}" for key, path in paths.items() if not _exists(path)]
-        end = self.training.steps * self.training.global_batch * data.seq_length
-        found += [
-            f"data.schedule: the run ends after {end:,} positions, before from_positions = {stage.from_positions:,}"
-            for stage in data.schedule
-            if stage.from_positions >= end
-        ]
+        end, block = self.training.steps * self.training.global_batch * data.seq_length, BLOCK_ROWS * data.seq_length
+        for stage in data.schedule:
+            begin = -(-stage.from_positions // block) * block
+            if begin >= end:
+                found.append(f"data.schedule: a change at {begin:,} positions never comes, the run ends at {end:,}")
         return found
 
     def train_job(self) -> TrainJob:

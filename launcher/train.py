@@ -11,8 +11,7 @@ from armillary.data_pipeline.build import built, ensure_built
 from armillary.data_pipeline.cursor import Cursor
 from armillary.data_pipeline.folder import open_folder
 from armillary.data_pipeline.loader import Loader
-from armillary.data_pipeline.mixture import ORDER
-from armillary.data_pipeline.plan import BLOCK_ROWS
+from armillary.data_pipeline.mixture import BLOCK_ROWS, ORDER
 from armillary.data_pipeline.shards import read_manifest as read_data_manifest
 from armillary.data_pipeline.sources.easy_vqa import easy_vqa_questions
 from armillary.data_pipeline.verify import check_files
@@ -141,7 +140,7 @@ def check_readable(job: Job) -> None:
 
 def say_built(console: Console) -> Callable[[str], None]:
     """What tells a user how far a build of shards is."""
-    return lambda line: console.print(f"building shards: {line}", highlight=False, markup=False)
+    return lambda line: console.print(f"building shards: {line}", highlight=False, markup=False, soft_wrap=True)
 
 
 def until_step(job: Job, stop_at: int, done: int) -> int:

@@ -28,7 +28,8 @@ class DeviceBatch:
     positions: int  # T
     tokens_T: torch.Tensor
     last_labels: torch.Tensor
-    loss_mask_T: torch.Tensor
+    mask_bounds: torch.Tensor
+    mask_values: torch.Tensor
     cu_seqlens: torch.Tensor
     piece_sources: torch.Tensor
     patches_IND: torch.Tensor
@@ -53,6 +54,11 @@ class DeviceBatch:
         labels_T = self.tokens_T.long().roll(-1)
         labels_T[self.cu_seqlens[1:].long() - 1] = self.last_labels.long()
         return labels_T
+
+    @property
+    def loss_mask_T(self) -> torch.Tensor:
+        """The weight of each label in the loss, float32."""
+        return self.mask_values.repeat_interleave(self.mask_bounds.diff(), output_size=self.positions)
 
     @property
     def source_ids_T(self) -> torch.Tensor:
@@ -134,7 +140,9 @@ class Delivery:
 
     def _pack(self, step: Step) -> "_Parcel":
         """A step as what is sent; in pinned memory where there is a GPU."""
-        weight = sum(float(batch.loss_mask_T.sum(dtype=np.float64)) for batch in step.micro_batches)
+        weight = sum(
+            float(batch.mask_values @ np.diff(batch.mask_bounds).astype(np.float64)) for batch in step.micro_batches
+        )
         header = [weight, step.micro_batches[0].tokens_T.itemsize, step.after.block, step.after.row]
         bodies = []
         for batch in step.micro_batches:
@@ -153,8 +161,9 @@ class Delivery:
         """Dtype and shape of each field."""
         token = torch.uint16 if token_bytes == 2 else torch.uint32
         kinds = {
-            "tokens_T": token, "last_labels": token, "loss_mask_T": torch.float32, "cu_seqlens": torch.int32,
-            "piece_sources": torch.int32, "patches_IND": torch.uint8, "image_starts_I": torch.int64,
+            "tokens_T": token, "last_labels": token, "mask_bounds": torch.int32, "mask_values": torch.float32,
+            "cu_seqlens": torch.int32, "piece_sources": torch.int32, "patches_IND": torch.uint8,
+            "image_starts_I": torch.int64,
         }  # fmt: skip
         patches = (self._job.image_shape.patches, self._job.image_shape.patch_dim)
         return [

@@ -51,10 +51,11 @@ def train_step(
         batch = next(batches)
 
         def loss(logits):
-            losses_T = token_losses(logits, batch.labels_T) * batch.loss_mask_T
+            mask_T = batch.loss_mask_T
+            losses_T = token_losses(logits, batch.labels_T) * mask_T
             of_source_TS = batch.source_ids_T[:, None] == torch.arange(sources, device=device)
-            sums_2S = torch.stack([losses_T.detach(), batch.loss_mask_T]).double() @ of_source_TS.double()
-            return losses_T.sum() * scale, batch.loss_mask_T.sum().int(), sums_2S
+            sums_2S = torch.stack([losses_T.detach(), mask_T]).double() @ of_source_TS.double()
+            return losses_T.sum() * scale, mask_T.sum().int(), sums_2S
 
         return model(batch.inputs), loss
 

@@ -1,9 +1,10 @@
 """One measurement in a process of its own: `python -m benchmarks.data.measure CONTENDER WHAT FOLDER`, one JSON line.
 
-WHAT: text (windows of 2,048 tokens, batches of 64), packed, written (ours alone: as it is delivered; with the labels
-and positions that follow from it written out), images (files as they are), decoded (in one thread), decoded2 (in two),
-workers (of peers: decoded and batched by two worker processes of PyTorch's DataLoader, as their documentation has it);
-limits: gather (a memory map's rows, copied in shuffled order), decoder (simplejpeg alone).
+WHAT: text (windows of 2,048 tokens, batches of 64); ours alone: packed (documents), written (the same, with the labels,
+positions and masks that follow written out), among and captions (packed, with images among the texts or beside them,
+not decoded); images (files as they are), decoded (in one thread), decoded2 (in two), workers (batches of pixels, made
+by two worker processes of PyTorch's DataLoader, or two threads of ours); limits: gather (a memory map's rows, copied in
+shuffled order), decoder (simplejpeg alone).
 """
 
 import collections
@@ -64,6 +65,17 @@ def in_threads(images: Iterable[bytes], threads: int) -> Iterator[int]:
                 yield waiting.popleft().result()
 
 
+def in_batches(images: Iterable[bytes], threads: int) -> Iterator[int]:
+    """Decode in threads, into batches of pixels: what `in_workers` gives."""
+    with ThreadPoolExecutor(threads) as pool:
+        files = iter(images)
+        waiting = collections.deque()
+        while held := list(itertools.islice(files, peers.BATCH)):
+            waiting.append([pool.submit(simplejpeg.decode_jpeg, data, "RGB") for data in held])
+            if len(waiting) == 2:
+                yield len(np.stack([one.result() for one in waiting.popleft()]))
+
+
 def in_workers(contender, folder: Path) -> Iterator[int]:
     """Decode and batch in two processes; the pixels come over shared memory."""
     import torch
@@ -85,10 +97,14 @@ def main() -> None:
         found = rate(decoder(folder), started)
     else:
         contender = ours.Armillary() if name == "armillary" else peers.PEERS[name]()
-        (contender.prepare_text if what in ("text", "packed", "written") else contender.prepare_images)(folder)
+        (
+            contender.prepare_text
+            if what in ("text", "packed", "among", "captions", "written")
+            else contender.prepare_images
+        )(folder)
         started = time.perf_counter()
         match what:
-            case "text" | "packed" | "written":
+            case "text" | "packed" | "among" | "captions" | "written":
                 found = rate(getattr(contender, what)(folder), started)
             case "images":
                 found = rate((1 for _ in contender.images(folder)), started)
@@ -96,6 +112,8 @@ def main() -> None:
                 found = rate(map(pixels, contender.images(folder)), started)
             case "decoded2":
                 found = rate(in_threads(contender.images(folder), 2), started)
+            case "workers" if name == "armillary":
+                found = rate(in_batches(contender.images(folder), 2), started)
             case "workers":
                 found = rate(in_workers(contender, folder), started)
     print(json.dumps(found))

@@ -25,8 +25,14 @@ class Armillary:
 
     def prepare_text(self, folder: Path) -> None:
         tokens = np.fromfile(corpora.text(folder), np.uint16)
-        parts = np.split(tokens, np.cumsum(corpora.lengths())[:-1])
-        _write(folder / "armillary", {"text": (Encoded(tokens=part.tolist()) for part in parts)})
+        parts = [part.tolist() for part in np.split(tokens, np.cumsum(corpora.lengths())[:-1])]
+        texts = (Encoded(tokens=part) for part in parts)
+        _write(
+            folder / "armillary",
+            {"text": texts, "images": _captioned(folder), "interleaved": _interleaved(folder, parts)},
+        )
+
+    prepare_images = prepare_text
 
     def text(self, folder: Path) -> Iterator[int]:
         """Windows of the token stream, with labels, masks and positions."""
@@ -43,18 +49,31 @@ class Armillary:
             batch = made.batch(rows)
             yield len(batch.labels_T) + 0 * len(batch.positions_T)
 
-    def prepare_images(self, folder: Path) -> None:
-        _write(folder / "armillary-images", {"images": _captioned(folder)})
+    def among(self, folder: Path) -> Iterator[int]:
+        """The documents, each sixth with an image in its middle, packed greedily; the images are left as they are."""
+        yield from _batches(loader(folder / "armillary", "greedy", "interleaved"), with_images=False)
+
+    def captions(self, folder: Path) -> Iterator[int]:
+        """Documents, and images with captions for a quarter of the positions; otherwise the same."""
+        yield from _batches(loader(folder / "armillary", "greedy", "text", "images"), with_images=False)
+
+    def mixed(self, folder: Path) -> Iterator[int]:
+        """Documents, and images with captions for a quarter of the positions, packed greedily; the images are left as
+        they are."""
+        made = loader(folder / "armillary", "greedy", "text", "images")
+        for rows in _rows(made):
+            yield len(made.batch(rows, with_images=False).tokens_T)
 
     def images(self, folder: Path) -> Iterator[memoryview]:
-        made = loader(folder / "armillary-images", "greedy", "images")
+        made = loader(folder / "armillary", "greedy", "images")
         for rows in _rows(made):
             for piece in made.documents(rows):
                 yield piece.columns.image(piece.columns.image_offsets[piece.place])
 
 
-def loader(path: Path, packing: str, source: str) -> Loader:
-    sources = [{"kind": "jsonl", "name": source, "path": "benchmarks"}]
+def loader(path: Path, packing: str, *names: str) -> Loader:
+    weights = {"text": 0.75, "images": 0.25, "interleaved": 1.0}
+    sources = [{"kind": "jsonl", "name": name, "path": "benchmarks", "weight": weights[name]} for name in names]
     config = {"path": str(path), "sources": sources, "seq_length": corpora.SEQ_LENGTH, "packing": packing}
     return Loader(DataConfig.model_validate(config), SHAPE)
 
@@ -66,9 +85,9 @@ def _rows(made: Loader) -> Iterator[list]:
         yield rows
 
 
-def _batches(made: Loader) -> Iterator[int]:
+def _batches(made: Loader, with_images: bool = True) -> Iterator[int]:
     for rows in _rows(made):
-        yield len(made.batch(rows).tokens_T)
+        yield len(made.batch(rows, with_images=with_images).tokens_T)
 
 
 def _captioned(folder: Path) -> Iterator[Encoded]:
@@ -76,6 +95,17 @@ def _captioned(folder: Path) -> Iterator[Encoded]:
     for path, caption in zip(paths, captions, strict=True):
         tokens = [1, *(3 + ord(letter) for letter in caption), 0]
         yield Encoded(tokens, [(1, Role.PROMPT), (len(tokens), Role.TEXT)], [(0, path.read_bytes())], path.name)
+
+
+def _interleaved(folder: Path, texts: list[list[int]]) -> Iterator[Encoded]:
+    paths, _ = peers.files(folder)
+    for number, tokens in enumerate(texts):
+        middle, path = len(tokens) // 2, paths[number // 6 % len(paths)]
+        if number % 6:
+            yield Encoded(tokens)
+            continue
+        ends = [(middle, Role.TEXT), (middle + 1, Role.PROMPT), (len(tokens) + 1, Role.TEXT)]
+        yield Encoded([*tokens[:middle], 1, *tokens[middle:]], ends, [(middle, path.read_bytes())])
 
 
 def _write(folder: Path, sources: dict) -> None:

@@ -211,9 +211,11 @@ class Datasets:
 
     def images(self, folder: Path) -> Iterator[bytes]:
         import datasets
+        import torch
 
-        data = datasets.load_from_disk(str(folder / "hf-images"))
-        for number in np.random.default_rng(0).permutation(len(data)).tolist():
+        data, worker = datasets.load_from_disk(str(folder / "hf-images")), torch.utils.data.get_worker_info()
+        order = np.random.default_rng(0).permutation(len(data))
+        for number in (order if worker is None else order[worker.id :: worker.num_workers]).tolist():
             yield data[number]["jpeg"]
 
 

@@ -17,9 +17,10 @@ from rich.table import Table
 
 from benchmarks.data.peers import PEERS
 
-WHAT = ("text", "packed", "written", "images", "decoded", "decoded2", "workers")
+WHAT = ("text", "packed", "among", "captions", "written", "images", "decoded", "decoded2", "workers")
 SHARE = ("litdata", "streaming", "streaming, predownload 65536", "webdataset", "datasets")  # PyTorch's workers
-LIMITS = {"text": "gather", "packed": "gather", "written": "gather", "decoded": "decoder", "decoded2": "decoder"}
+RESULTS = Path("docs/results/data-bench.json")
+LIMITS = dict.fromkeys(WHAT[:5], "gather") | {"decoded": "decoder", "decoded2": "decoder"}
 
 
 def measure(module: str, *words: object) -> dict | None:
@@ -37,7 +38,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--folder", type=Path, default=Path("data/bench"), help="where the corpora are made")
     options.add_argument("--rounds", type=int, default=3)
-    options.add_argument("--out", type=Path, default=Path("docs/results/data-bench.json"))
+    options.add_argument("--out", type=Path, help="default: docs/results/data-bench.json, where no column is left out")
     options.add_argument("--only", nargs="*", default=WHAT, choices=WHAT, help="of the columns, these")
     args = options.parse_args()
     pairs = [("limit", limit) for limit in sorted({LIMITS[what] for what in args.only if what in LIMITS})]
@@ -55,8 +56,10 @@ def main() -> None:
         for key, figures in found.items()
     }
     alone = measure("alone", args.folder)
-    args.out.write_text(json.dumps({"medians": medians, "alone": alone, "rounds": found}, indent=1) + "\n")
-    plot(medians, args.out.with_suffix(".png"))
+    out = args.out or (RESULTS if tuple(args.only) == WHAT else None)
+    if out is not None:
+        out.write_text(json.dumps({"medians": medians, "alone": alone, "rounds": found}, indent=1) + "\n")
+        plot(medians, out.with_suffix(".png"))
     show(medians)
     print(json.dumps(alone, indent=1))
 
@@ -64,8 +67,8 @@ def main() -> None:
 def contenders(what: str) -> list[str]:
     """Who can do it."""
     if what == "workers":
-        return list(SHARE)
-    if what in ("packed", "written"):
+        return ["armillary", *SHARE]
+    if what in ("packed", "among", "captions", "written"):
         return ["armillary"]
     return [
         "armillary",
@@ -102,8 +105,7 @@ def show(medians: dict[str, dict]) -> None:
         cells = []
         for what in WHAT:
             key = f"limit|{LIMITS.get(what)}" if name == "limit" else f"{name}|{what}"
-            mine = medians.get(f"armillary|{'decoded2' if what == 'workers' else what}")
-            theirs = medians.get(key)
+            mine, theirs = medians.get(f"armillary|{what}"), medians.get(key)
             cell = f"{theirs['rate']:,.0f}" if theirs else ""
             cells.append(
                 f"{cell} ({mine['rate'] / theirs['rate']:.2f})" if theirs and mine and name != "armillary" else cell

@@ -2,15 +2,15 @@
 
 import functools
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from armillary.data_pipeline.config import SourceConfig
-from armillary.data_pipeline.sources.part import Part, files_of, grouped, inside, name_in, read_file
+from armillary.data_pipeline.sources.part import ENDINGS, Part, files_of, grouped, inside, name_in, read_file
 from armillary.data_pipeline.sources.record import Record
 from armillary.errors import DataError
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 METADATA = "metadata.jsonl"
 
 
@@ -18,7 +18,7 @@ def parts(source: SourceConfig) -> list[Part]:
     """Images in groups of about 64 MiB; and the metadata.jsonl, for what it names beside them."""
     metadata = Path(source.path) / METADATA
     listed = [Part(files=(str(metadata),))] if metadata.is_file() else []
-    return grouped(files_of(source.path, ENDINGS)) + listed
+    return grouped(files_of(source)) + listed
 
 
 def read(source: SourceConfig, part: Part) -> Iterator[Record]:
@@ -27,9 +27,12 @@ def read(source: SourceConfig, part: Part) -> Iterator[Record]:
     captions = _captions(root)
     files = [Path(file) for file in part.files]
     if files == [root / METADATA]:
-        files = [file for file in captions if not (file.is_file() and file.suffix.lower() in ENDINGS)]
+        real = os.path.realpath(root)
+        listed = [root / os.path.relpath(file, real) for file in captions]
+        files = [file for file in listed if not (file.is_file() and file.name.lower().endswith(ENDINGS["images"]))]
     for file in files:
-        yield Record(name_in(source, file), file.parent, functools.partial(_fields, file, captions.get(file), source))
+        caption = captions.get(os.path.realpath(file))
+        yield Record(name_in(source, file), file.parent, functools.partial(_fields, file, caption, source))
 
 
 def _fields(file: Path, caption: dict | None, source: SourceConfig) -> dict:
@@ -37,15 +40,16 @@ def _fields(file: Path, caption: dict | None, source: SourceConfig) -> dict:
     return caption | {source.image_field: read_file(file)}
 
 
-def _captions(root: Path) -> dict[Path, dict]:
-    """Records of the folder's metadata.jsonl, by the file that their `file_name` names; none where it is missing."""
+def _captions(root: Path) -> dict[str, dict]:
+    """Records of the folder's metadata.jsonl, by the real path of the file that their `file_name` names; none where it
+    is missing."""
     if not (root / METADATA).is_file():
         return {}
     found = {}
     try:
         for line in read_file(root / METADATA).decode().splitlines():
             record = json.loads(line)
-            found[inside(root, record["file_name"])] = record
+            found[os.path.realpath(inside(root, record["file_name"]))] = record
     except (ValueError, KeyError, TypeError):
         raise DataError("a line is no record with a `file_name`", root / METADATA, "correct it") from None
     return found

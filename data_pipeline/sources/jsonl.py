@@ -15,7 +15,7 @@ from armillary.errors import DataError
 def parts(source: SourceConfig) -> list[Part]:
     """Stretches of about 64 MiB; a gzip file is one part, for it can be read from its beginning only."""
     found = []
-    for file in files_of(source.path, (".jsonl", ".ndjson", ".jsonl.gz")):
+    for file in files_of(source):
         size = file.stat().st_size
         if file.suffix == ".gz":
             found.append(Part(files=(str(file),)))

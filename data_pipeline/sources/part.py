@@ -1,7 +1,6 @@
 """Parts: what one worker reads at a time."""
 
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
 from armillary.data_pipeline.config import SourceConfig
@@ -9,6 +8,14 @@ from armillary.errors import DataError
 from armillary.table import Table
 
 PART_BYTES = 64 << 20
+ENDINGS = {  # of the files that a kind reads, by kind
+    "text": (".txt", ".md", ".rst"),
+    "jsonl": (".jsonl", ".ndjson", ".jsonl.gz"),
+    "parquet": (".parquet",),
+    "huggingface": (".arrow",),
+    "webdataset": (".tar",),
+    "images": (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
+}
 
 
 class Part(Table):
@@ -19,15 +26,18 @@ class Part(Table):
     stop: int = 0
 
 
-def files_of(path: str, endings: Iterable[str]) -> list[Path]:
-    """A file, or all files under a folder, with one of the endings, by name; DataError where there is no such path."""
-    root, endings = Path(path), tuple(endings)
+def files_of(source: SourceConfig) -> list[Path]:
+    """The source's file, or all files under its folder with an ending of its kind, by name; DataError where there is no
+    such path, or the file is one of another kind."""
+    root, endings = Path(source.path), ENDINGS[source.kind]
     if root.is_file():
-        if not root.name.lower().endswith(endings):
+        others = [kind for kind, its in ENDINGS.items() if root.name.lower().endswith(its)]
+        if others and source.kind not in others:
             raise DataError(
-                f"the source's file has none of the endings of its kind: {', '.join(endings)}", root,
-                "correct its `kind`, or rename the file",
-            )  # fmt: skip
+                f"the source is of kind {source.kind}, its file of kind {others[0]}",
+                root,
+                "correct its `kind` or `path`",
+            )
         return [root]
     if not root.is_dir():
         raise DataError("the source's path is neither a file nor a folder", root, "correct its `path`")

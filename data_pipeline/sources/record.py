@@ -66,7 +66,7 @@ def _parts(fields: dict, source: SourceConfig, root: Path) -> list[Text | Pictur
     before = [] if image is None else [_picture(image, root)]
     text = fields.get(source.text_field)
     if "answer" in fields:
-        if text:
+        if text and source.text_field not in ("question", "answer"):
             raise ValueError(f"it has an answer and `{source.text_field}` too, whose order nobody knows: use `parts`")
         return [*before, Text(_text(fields.get("question")), learned=False), Answer(_text(fields["answer"]))]
     if before and not _text(text).strip():

@@ -15,9 +15,9 @@ from armillary.errors import DataError
 def parts(source: SourceConfig) -> list[Part]:
     """Row groups of Parquet files, whole Arrow files."""
     if source.kind == "huggingface":
-        return [Part(files=(str(file),)) for file in files_of(source.path, (".arrow",))]
+        return [Part(files=(str(file),)) for file in files_of(source)]
     found = []
-    for file in files_of(source.path, (".parquet",)):
+    for file in files_of(source):
         with _opened(file) as table:
             found += [Part(files=(str(file),), start=n, stop=n + 1) for n in range(table.num_row_groups)]
     return found

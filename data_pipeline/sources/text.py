@@ -11,7 +11,7 @@ from armillary.data_pipeline.sources.record import Record
 
 def parts(source: SourceConfig) -> list[Part]:
     """Whole files, in groups of about 64 MiB."""
-    return grouped(files_of(source.path, (".txt", ".md", ".rst")))
+    return grouped(files_of(source))
 
 
 def read(source: SourceConfig, part: Part) -> Iterator[Record]:

@@ -8,15 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from armillary.data_pipeline.config import SourceConfig
-from armillary.data_pipeline.sources.images import ENDINGS
-from armillary.data_pipeline.sources.part import Part, files_of, name_in
+from armillary.data_pipeline.sources.part import ENDINGS, Part, files_of, name_in
 from armillary.data_pipeline.sources.record import Record
 from armillary.errors import DataError
 
 
 def parts(source: SourceConfig) -> list[Part]:
     """A tar each."""
-    return [Part(files=(str(file),)) for file in files_of(source.path, (".tar",))]
+    return [Part(files=(str(file),)) for file in files_of(source)]
 
 
 def read(source: SourceConfig, part: Part) -> Iterator[Record]:
@@ -37,7 +36,7 @@ def _record(files: dict[str, bytes], source: SourceConfig) -> dict:
     if isinstance(record, dict):
         if "txt" in files:
             record[source.text_field] = files["txt"].decode()
-        if pictures := [data for ending, data in files.items() if f".{ending}" in ENDINGS]:
+        if pictures := [data for ending, data in files.items() if f".{ending}" in ENDINGS["images"]]:
             record[source.image_field] = pictures[0]
     return record
 

@@ -38,7 +38,7 @@ def batch_of(
 ) -> PackedBatch:
     """The documents packed whole, through the code under test."""
     columns = Columns.of(record_batch(documents, schema_of(vocab_size)))
-    return assemble(whole_documents(columns, seq_length, shape), columns.tokens.dtype, shape, image)
+    return assemble(whole_documents(columns, seq_length, shape, image), columns.tokens.dtype, shape)
 
 
 def decoded(columns: Columns, row: int) -> Encoded:

@@ -1,5 +1,6 @@
 """A batch holds what its documents say, position by position."""
 
+import functools
 import itertools
 
 import numpy as np
@@ -7,13 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from armillary.data_pipeline.batch import Laid, Pieces, address_of, assemble, blank
+from armillary.data_pipeline.batch import Pieces, address_of, assemble, documents_of, joined, pieces_of
 from armillary.data_pipeline.document import Encoded, Role
 from armillary.data_pipeline.gather import gather
 from armillary.data_pipeline.images import ImageShape
+from armillary.data_pipeline.layout import Laid, lay_out, plain
 from armillary.data_pipeline.shards import Columns, schema_of
 from armillary.data_pipeline.write import record_batch
-from tests.data_pipeline.plain import batch_of, decoded, lay_out
+from tests.data_pipeline.plain import batch_of, decoded
+from tests.data_pipeline.plain import lay_out as plainly
 
 IMAGE = 1
 SHAPE = ImageShape(8, 4)  # four positions an image
@@ -40,7 +43,7 @@ def encoded(draw):
 @settings(deadline=None)
 def test_any_pieces_of_any_documents_are_laid_out_as_they_are_one_by_one(documents, data):
     columns = Columns.of(record_batch(documents, schema_of(512)))
-    laid_out = [lay_out(document, IMAGE, SHAPE.positions) for document in documents]
+    laid_out = [plainly(document, IMAGE, SHAPE.positions) for document in documents]
     chosen = []
     for number, one in enumerate(laid_out):
         inside = {at + i for at in one.image_starts for i in range(1, SHAPE.positions)}
@@ -51,39 +54,57 @@ def test_any_pieces_of_any_documents_are_laid_out_as_they_are_one_by_one(documen
         chosen += [(number, low, high) for low, high in itertools.pairwise(bounds)]
     seq_length = sum(high - low for _, low, high in chosen) + data.draw(st.integers(0, 3))
     number, start, stop = (np.array(column, np.int64) for column in zip(*chosen, strict=True))
-    at = np.cumsum(stop - start) - (stop - start)
-    plain = [not (d.images or d.spans) and d.weight == 1 for d in documents]
     padding = seq_length - int((stop - start).sum())
-    length, source = list(stop - start), list(number)
-    address, count, laid = [], [], {}
-    for place, (document, low, high) in enumerate(chosen):
-        if plain[document]:
-            address.append(columns.address + 2 * (int(columns.offsets[document]) + low))
-            count.append(high - low)
-        else:
-            address.append(address_of(blank(seq_length, columns.tokens.dtype)))
-            count.append(0)
-            laid[place] = Laid(columns, document, low, high)
     if padding:
-        address.append(address_of(blank(seq_length, columns.tokens.dtype)))
-        count, length, source = [*count, padding], [*length, padding], [*source, -1]
-    source = np.array(source, np.int32)
-    pieces = Pieces(np.cumsum([0, *length]), source, np.array(address), np.array(count), [columns], laid)
-    batch = assemble(pieces, columns.tokens.dtype, SHAPE, IMAGE, with_images=False)
-    starts = []
-    for (document, low, high), place in zip(chosen, at.tolist(), strict=True):
-        one, where = laid_out[document], slice(place, place + high - low)
-        assert batch.tokens_T[where].tolist() == one.tokens[low:high]
-        assert batch.labels_T[where].tolist() == one.labels[low:high]
-        assert batch.loss_mask_T[where].tolist() == one.mask[low:high]
-        assert batch.positions_T[where].tolist() == list(range(high - low))
-        assert set(batch.source_ids_T[where]) == {document}
-        starts += [place + start - low for start in one.image_starts if low <= start < high]
-    assert batch.image_starts_I.tolist() == starts
-    filled = int((stop - start).sum())
-    assert not batch.loss_mask_T[filled:].any()
-    assert batch.cu_seqlens.tolist() == sorted({*at.tolist(), filled, seq_length})
-    assert set(batch.source_ids_T[filled:]) <= {-1}
+        number, start, stop = np.append(number, -1), np.append(start, 0), np.append(stop, padding)
+    described = [bool(d.images or d.spans) or d.weight != 1 for d in documents]
+    laid = np.array([place for place, (document, _, _) in enumerate(chosen) if described[document]], np.int64)
+    tokens = address_of(columns.tokens) + 2 * (columns.offsets[number] + start)
+    layout = lay_out(
+        plain(stop - start, np.where(number < 0, nothing(seq_length), tokens), (number >= 0).astype(np.float32)),
+        documents_of(columns), Laid(laid, number[laid], start[laid], stop[laid]),
+        SHAPE.positions, 2, nothing(SHAPE.positions, IMAGE),
+    )  # fmt: skip
+
+    def part(first: int, last: int) -> Pieces:
+        return pieces_of(layout, first, last, number[first:last].astype(np.int32), [], [columns])
+
+    def same(pieces: Pieces, first: int, last: int) -> None:
+        batch, at = assemble(pieces, columns.tokens.dtype, SHAPE), 0
+        starts = []
+        for document, low, high in zip(number[first:last], start[first:last], stop[first:last], strict=True):
+            where = slice(at, at + high - low)
+            assert batch.positions_T[where].tolist() == list(range(high - low))
+            assert set(batch.source_ids_T[where]) == {document}
+            if document < 0:
+                assert not batch.loss_mask_T[where].any()
+            else:
+                one = laid_out[document]
+                assert batch.tokens_T[where].tolist() == one.tokens[low:high]
+                assert batch.labels_T[where].tolist() == one.labels[low:high]
+                assert batch.loss_mask_T[where].tolist() == one.mask[low:high]
+                starts += [at + place - low for place in one.image_starts if low <= place < high]
+            at += high - low
+        assert batch.image_starts_I.tolist() == starts
+        assert batch.cu_seqlens.tolist() == np.cumsum([0, *(stop - start)[first:last]]).tolist()
+
+    same(part(0, len(number)), 0, len(number))
+    first, middle, last = sorted(data.draw(st.permutations(range(len(number) + 2))).index(k) for k in (0, 1, 2))
+    if first < (last := min(last, len(number))):
+        same(part(first, last), first, last)
+        if first < middle < last:
+            both = joined([part(first, middle), part(middle, last)])
+            same(both, first, last)
+            assert len(both.held) == 2, "the owners of both parts' memory"
+
+
+@functools.cache
+def blank(count: int, token: int) -> np.ndarray:
+    return np.full(count + 1, token, np.uint16)
+
+
+def nothing(count: int, token: int = 0) -> int:
+    return address_of(blank(count, token))
 
 
 @given(st.lists(encoded(), min_size=1, max_size=5))

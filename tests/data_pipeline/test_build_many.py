@@ -20,7 +20,7 @@ from armillary.data_pipeline.folder import LocalFolder
 from armillary.data_pipeline.images import ImageShape
 from armillary.data_pipeline.inspect import samples
 from armillary.data_pipeline.loader import Loader
-from armillary.data_pipeline.shards import MANIFEST, read_manifest, write_manifest
+from armillary.data_pipeline.shards import FORMAT, MANIFEST, read_manifest, write_manifest
 from armillary.data_pipeline.tokenizer import Tokenizer
 from armillary.data_pipeline.verify import verify
 from armillary.errors import DataError
@@ -133,9 +133,9 @@ def test_shards_of_another_tokenizer_or_of_a_newer_format_are_refused(config):
     write_manifest(folder, manifest.model_copy(update={"tokenizer": manifest.tokenizer + " "}).sealed())
     with pytest.raises(DataError, match="not the one that the shards were built with"):
         read_manifest(LocalFolder(folder))
-    newer = json.loads(manifest.model_dump_json()) | {"format": 4, "what": "is new"}
+    newer = json.loads(manifest.model_dump_json()) | {"format": FORMAT + 1, "what": "is new"}
     (folder / MANIFEST).write_text(json.dumps(newer))
-    with pytest.raises(DataError, match="of format 4, this version reads 3"):
+    with pytest.raises(DataError, match=f"of format {FORMAT + 1}, this version reads {FORMAT}"):
         read_manifest(LocalFolder(folder))
 
 

@@ -322,6 +322,18 @@ def test_missing_credentials_are_said_at_once(storage, proxy, tmp_path, monkeypa
     assert not proxy.got
 
 
+def test_credentials_that_cannot_be_had_just_now_are_asked_for_again(storage, proxy, tmp_path):
+    far, tries = open_folder(URL, str(tmp_path / "cache")), []
+
+    def sometimes():
+        tries.append(1)
+        if len(tries) < 3:
+            raise OSError("Error when retrieving credentials from iam-role: Read timeout")
+        return "had"
+
+    assert far._tried("", sometimes) == "had"
+
+
 def test_any_storage_that_fsspec_knows_will_do(storage, tmp_path):
     memory = fsspec.filesystem("memory")
     for path in storage[0].iterdir():

@@ -10,12 +10,13 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from armillary.data_pipeline.build import build
 from armillary.data_pipeline.config import DataConfig
 from armillary.data_pipeline.cursor import Cursor
 from armillary.data_pipeline.folder import LocalFolder
 from armillary.data_pipeline.images import ImageShape, patchify
 from armillary.data_pipeline.loader import Loader
-from armillary.data_pipeline.plan import BLOCK_ROWS
+from armillary.data_pipeline.mixture import BLOCK_ROWS
 from armillary.data_pipeline.prefetch import prefetch
 from armillary.data_pipeline.shards import read_manifest, write_manifest
 from armillary.errors import DataError
@@ -134,14 +135,16 @@ def test_damaged_text_is_not_trained_on(tables, shards, tmp_path, packing):
         loader.batch(loader.plan.rows(Cursor(), 2000)[0])
 
 
-@pytest.mark.parametrize("tokens_at", [1 << 40, -64])
+@pytest.mark.parametrize("tokens_at", ["far", "negative", "a token too far"])
 def test_an_index_that_points_outside_of_its_shard_is_not_followed(tables, shards, tmp_path, tokens_at):
     copy = shutil.copytree(shards, tmp_path / "shards")
     manifest = read_manifest(LocalFolder(copy))
     (shard,) = manifest.sources["pydoc"]
     index = pa.ipc.open_file((copy / shard.index_file).read_bytes()).read_all()
-    batches = [batch | {"tokens_at": tokens_at} for batch in json.loads(index.schema.metadata[b"batches"])]
-    index = index.replace_schema_metadata({"batches": json.dumps(batches)})
+    beyond = shard.bytes - 2 * shard.batch_tokens[-1] + 2
+    at = {"far": 1 << 40, "negative": -64, "a token too far": beyond}[tokens_at]
+    batches = [batch | {"tokens_at": at} for batch in json.loads(index.schema.metadata[b"batches"])]
+    index = index.replace_schema_metadata(index.schema.metadata | {b"batches": json.dumps(batches)})
     with pa.ipc.new_file(str(copy / shard.index_file), index.schema) as writer:
         writer.write_table(index)
     content = (copy / shard.index_file).read_bytes()
@@ -150,6 +153,39 @@ def test_an_index_that_points_outside_of_its_shard_is_not_followed(tables, shard
     loader = loader_of(tables, path=str(copy), sources=[{"kind": "pydoc"}])
     with pytest.raises(DataError, match="points outside of its shard"):
         loader.batch(loader.plan.rows(Cursor(), 8)[0])
+
+
+def test_damage_is_found_in_any_batch_of_any_shard(tables, tmp_path):
+    data = tables["data"] | {"path": str(tmp_path / "shards"), "sources": [{"kind": "pydoc"}], "shard_bytes": 1 << 17}
+    config = DataConfig.model_validate(data)
+    (shards,) = build(config).sources.values()
+    assert len(shards) > 2
+    assert len(shards[1].batch_tokens) > 2
+    path = tmp_path / "shards" / shards[1].file
+    whole = path.read_bytes()
+    metadata = pa.ipc.open_file(tmp_path / "shards" / shards[1].index_file).schema.metadata
+    for number, batch in enumerate(json.loads(metadata[b"batches"])):
+        content = bytearray(whole)
+        content[(batch["start"] + batch["stop"]) // 2] ^= 1
+        path.write_bytes(content)
+        loader = Loader(config, SHAPE)
+        with pytest.raises(DataError, match=f"batch {number} of a shard is corrupted") as error:
+            loader.batch(loader.plan.rows(Cursor(), loader.plan.block(0).packed.rows)[0])
+        assert error.value.where == str(path)
+
+
+def test_a_batch_over_the_end_of_a_block_is_its_two_halves(loader):
+    rows = loader.plan.block(0).packed.rows
+    both = loader.batch(loader.plan.rows(Cursor(row=rows - 5), 9)[0])
+    halves = [
+        loader.batch(loader.plan.rows(Cursor(row=rows - 5), 5)[0]),
+        loader.batch(loader.plan.rows(Cursor(block=1), 4)[0]),
+    ]
+    assert all(len(half.image_starts_I) for half in halves)
+    for name in ("tokens_T", "labels_T", "loss_mask_T", "positions_T", "source_ids_T", "patches_IND"):
+        assert np.array_equal(getattr(both, name), np.concatenate([getattr(half, name) for half in halves])), name
+    starts = [halves[0].image_starts_I, halves[1].image_starts_I + len(halves[0].tokens_T)]
+    assert np.array_equal(both.image_starts_I, np.concatenate(starts))
 
 
 def test_threads_decode_the_same_images(tables, loader):

@@ -1,3 +1,5 @@
+from collections import Counter
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,6 +36,12 @@ def test_looks_random():
     out = permute(np.arange(10_000), 10_000, key_of(1, 2))
     assert abs(np.corrcoef(np.arange(10_000), out)[0, 1]) < 0.05
     assert (np.diff(out) == 1).mean() < 0.01
+
+
+def test_few_numbers_come_in_every_order_about_as_often():
+    counts = Counter(tuple(permute(np.arange(4), 4, key_of(9, seed)).tolist()) for seed in range(12_000))
+    assert len(counts) == 24
+    assert 400 < min(counts.values()) <= max(counts.values()) < 600
 
 
 def test_keys_depend_on_every_part_and_on_their_order():

@@ -157,6 +157,7 @@ def test_folders_of_images_with_captions(tmp_path):
         (b'{"text": "a", "weight": NaN}', "weight"),
         (b'{"text": "a", "image": 3}', "an image is no path"),
         (b'{"text": "a", "question": "b", "answer": "c"}', "whose order nobody knows"),
+        (b'{"text": "a", "question": "b", "answer": 3}', "whose order nobody knows"),
         (b'{"text": "", "image": "data:image/png;base64,PNG"}', "empty caption"),
         (b'{"text": "a", "image": "missing.png"}', "cannot be read"),
         (b'{"text": "a", "image": "../outside.png"}', "outside the source's folder"),
@@ -200,9 +201,27 @@ def test_places_are_named_from_the_source_on(tmp_path):
 
 def test_a_file_of_another_kind_is_refused_and_an_empty_one_read(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(b"")
-    with pytest.raises(DataError, match=r"none of the endings of its kind: \.txt, "):
+    with pytest.raises(DataError, match="of kind text, its file of kind jsonl"):
         documents("text", tmp_path / "x.jsonl")
     assert documents("jsonl", tmp_path / "x.jsonl") == []
+    lines(tmp_path / "lines.json", {"question": "q", "answer": "a"})
+    for field in ("text", "question", "answer"):
+        assert parts("jsonl", tmp_path / "lines.json", text_field=field) == [(Text("q", learned=False), Answer("a"))]
+
+
+def test_captions_are_found_by_whatever_path_they_name(tmp_path, monkeypatch):
+    folder = tmp_path / "real"
+    (folder / "sub").mkdir(parents=True)
+    for number in (1, 2, 3):
+        (folder / f"{number}.png").write_bytes(png(number))
+    (tmp_path / "link").symlink_to(folder)
+    names = ("sub/../1.png", str(folder / "2.png"), str(tmp_path / "link" / "3.png"), str(folder / "4.png"))
+    lines(folder / "metadata.jsonl", *({"file_name": name, "text": name} for name in names))
+    monkeypatch.chdir(tmp_path)
+    for path in (folder, tmp_path / "link", "real", "link/"):
+        *found, missing = documents("images", path)
+        assert [one.parts for one in found] == [(Picture(png(n + 1)), Text(names[n])) for n in range(3)]
+        assert missing.where.startswith("4.png: ")
 
 
 def test_a_source_without_files_is_refused(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import signal
 import subprocess
+import sys
 
 import pytest
 from PIL import Image
@@ -94,6 +95,34 @@ def test_a_build_over_processes_stops_at_the_first_bad_record(job, armillary, tm
         file.write("no json\n")
     refused(armillary("data", "build", job, "--workers", "2"), "cannot be used", "2.jsonl, byte ")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["job.toml", "pictures", "texts"]
+
+
+SPREAD = """
+import pathlib, sys, time
+from armillary.errors import DataError
+from armillary.launcher.spread import spread
+
+def work(item):
+    if item == "bad":
+        raise DataError("this one is bad")
+    time.sleep(3)
+    pathlib.Path(item).touch()
+
+with spread("", 2) as each:
+    try:
+        list(each(work, [sys.argv[1], "bad"]))
+    except DataError as error:
+        print(error)
+    time.sleep(4)
+"""
+
+
+def test_an_error_ends_what_else_is_running(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", SPREAD, tmp_path / "slow"], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout == "this one is bad\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_ctrl_c_says_how_to_go_on(job, tmp_path):

@@ -122,3 +122,15 @@ def test_components_see_only_their_own_tables():
     from armillary.training.config import TrainJob
 
     assert set(Job.model_fields) - set(TrainJob.model_fields) == {"name", "cluster"}
+
+
+def test_paths_are_made_absolute_from_the_home_and_the_folder_that_a_command_is_run_in(job_file, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.chdir(tmp_path)
+    source = 'data.sources=[{ kind = "jsonl", path = "texts" }, { kind = "images", path = "~/pictures" }]'
+    given = ["data.path=~/shards", "data.cache=cache", "data.tokenizer=~/t.json", source]
+    data = load_job(job_file, given).with_absolute_paths().data
+    assert (data.path, data.cache) == ("/home/somebody/shards", str(tmp_path / "cache"))
+    assert data.tokenizer == "/home/somebody/t.json"
+    assert [one.path for one in data.sources] == [str(tmp_path / "texts"), "/home/somebody/pictures"]
+    assert load_job(job_file, ["data.path=s3://bucket/x"]).with_absolute_paths().data.path == "s3://bucket/x"

@@ -4,8 +4,7 @@ import pytest
 
 from armillary.data_pipeline.cursor import Cursor
 from armillary.data_pipeline.folder import LocalFolder
-from armillary.data_pipeline.mixture import ORDER
-from armillary.data_pipeline.plan import BLOCK_ROWS
+from armillary.data_pipeline.mixture import BLOCK_ROWS, ORDER
 from armillary.data_pipeline.shards import read_manifest
 from armillary.errors import DataError, JobError
 from armillary.launcher.job import resolve

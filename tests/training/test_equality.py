@@ -111,7 +111,7 @@ def source_losses(model, batch, kinds):
     """The mean loss over each source's learned tokens alone, of the sources that the batch has tokens of."""
     masks = {kind: batch.loss_mask_T * (batch.source_ids_T == number) for number, kind in enumerate(kinds)}
     return {
-        kind: model.loss(replace(batch, loss_mask_T=mask), mask.sum()).item()
+        kind: model.loss(replace(batch, mask_bounds=range(len(mask) + 1), mask_values=mask), mask.sum()).item()
         for kind, mask in masks.items()
         if mask.any()
     }
