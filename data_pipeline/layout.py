@@ -85,7 +85,7 @@ def lay_out(pieces: Layout, documents: Documents, laid: Laid, width: int, itemsi
     of_image = (order >= len(begin)) & (order < len(begin) + len(of))
     piece, stretch, stretch_counts = _overlaps(starts, low, high)
     first = np.maximum(starts[stretch], low[piece])
-    into = np.where(of_image[stretch], 0, first - starts[stretch])
+    into = first - starts[stretch]  # 0 in an image, which no piece cuts
 
     run_begin, run_value = _learned(documents, begin, images, width)
     run_piece, run, run_counts = _overlaps(run_begin, low, high)

@@ -124,7 +124,7 @@ class _ShardWriter:
             start = stop
         index_path = self._path.with_suffix(".index.arrow")
         index = self._index
-        mixed = any(index["images"]) or any(index["spans"]) or set(index["weight"]) != {1.0}
+        mixed = bool(index["images"][0]) or any(index["spans"]) or set(index["weight"]) != {1.0}
         schema = INDEX_SCHEMA.with_metadata({"batches": json.dumps(batches), "mixed": json.dumps(mixed)})
         with pa.OSFile(str(index_path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
             arrays = [pa.array(index[field.name], field.type) for field in schema]

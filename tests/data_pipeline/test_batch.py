@@ -39,14 +39,14 @@ def encoded(draw):
     )
 
 
-@given(st.lists(encoded(), min_size=1, max_size=8), st.data())
+@given(st.lists(encoded(), min_size=1, max_size=8), st.sampled_from([SHAPE, ImageShape(8, 8)]), st.data())
 @settings(deadline=None)
-def test_any_pieces_of_any_documents_are_laid_out_as_they_are_one_by_one(documents, data):
+def test_any_pieces_of_any_documents_are_laid_out_as_they_are_one_by_one(documents, shape, data):
     columns = Columns.of(record_batch(documents, schema_of(512)))
-    laid_out = [plainly(document, IMAGE, SHAPE.positions) for document in documents]
+    laid_out = [plainly(document, IMAGE, shape.positions) for document in documents]
     chosen = []
     for number, one in enumerate(laid_out):
-        inside = {at + i for at in one.image_starts for i in range(1, SHAPE.positions)}
+        inside = {at + i for at in one.image_starts for i in range(1, shape.positions)}
         cuts = [place for place in range(1, len(one.tokens)) if place not in inside]
         bounds = sorted(
             {0, len(one.tokens), *data.draw(st.lists(st.sampled_from(cuts or [len(one.tokens)]), max_size=3))}
@@ -63,14 +63,14 @@ def test_any_pieces_of_any_documents_are_laid_out_as_they_are_one_by_one(documen
     layout = lay_out(
         plain(stop - start, np.where(number < 0, nothing(seq_length), tokens), (number >= 0).astype(np.float32)),
         documents_of(columns), Laid(laid, number[laid], start[laid], stop[laid]),
-        SHAPE.positions, 2, nothing(SHAPE.positions, IMAGE),
+        shape.positions, 2, nothing(shape.positions, IMAGE),
     )  # fmt: skip
 
     def part(first: int, last: int) -> Pieces:
         return pieces_of(layout, first, last, number[first:last].astype(np.int32), [], [columns])
 
     def same(pieces: Pieces, first: int, last: int) -> None:
-        batch, at = assemble(pieces, columns.tokens.dtype, SHAPE), 0
+        batch, at = assemble(pieces, columns.tokens.dtype, shape), 0
         starts = []
         for document, low, high in zip(number[first:last], start[first:last], stop[first:last], strict=True):
             where = slice(at, at + high - low)

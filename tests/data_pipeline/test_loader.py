@@ -21,6 +21,7 @@ from armillary.data_pipeline.prefetch import prefetch
 from armillary.data_pipeline.shards import read_manifest, write_manifest
 from armillary.errors import DataError
 from tests.data_pipeline.plain import decoded, lay_out
+from tests.data_pipeline.test_sources import lines, png
 
 SHAPE = ImageShape(64, 16)
 WORLDS = (1, 2, 3, 4, 8, 64)
@@ -73,6 +74,54 @@ def test_rows_hold_every_document_that_their_block_draws(tables, packing):
     assert set(whole) == set(drawn)
     assert seen == {(*d, position): drawn[d] for d, length in whole.items() for position in range(length)}
     assert seen.total() == block.packed.positions
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+@pytest.mark.parametrize("packing", ["greedy", "best_fit"])
+def test_documents_of_every_form_come_as_they_are(tmp_path, packing, compression):
+    """Texts, weights, roles and several images, over shards of several batches, in rows that cut some of them."""
+    generator = np.random.default_rng(0)
+    (tmp_path / "more").mkdir()
+    for number in range(5):
+        (tmp_path / "more" / f"{number}.png").write_bytes(png(number))
+    forms = []
+    for number in range(200):
+        text, image = "a few words " * int(generator.integers(1, 40)), {"image": f"{number % 5}.png"}
+        other = {"image": f"{(number + 1) % 5}.png"}
+        forms.append([
+            {"text": text},
+            {"text": text, "weight": 2.5},
+            {"question": text, "answer": f"{number}"},
+            {"parts": [{"text": text}, image, other, {"prompt": text}, {"answer": "so"}, image], "weight": 0.5},
+            {"parts": [image, {"text": text}, other]},
+        ][number % 5])  # fmt: skip
+    lines(tmp_path / "more" / "x.jsonl", *forms)
+    texts = lines(tmp_path / "texts.jsonl", *({"text": f"only text {number}"} for number in range(50)))
+    config = DataConfig(
+        path=str(tmp_path / "shards"), seq_length=96, packing=packing, compression=compression, shard_bytes=20_000,
+        sources=[
+            {"kind": "jsonl", "name": "more", "path": str(tmp_path / "more"), "weight": 3},
+            {"kind": "jsonl", "name": "texts", "path": str(texts)},
+        ],
+    )  # fmt: skip
+    build(config)
+    loader = Loader(config, ImageShape(16, 8))
+    rows, _ = loader.plan.rows(Cursor(row=7), 300)
+    batch = loader.batch(rows)
+    image, files, roles = loader.tokenizer.image, [], set()
+    for piece in loader.documents(rows):
+        document = decoded(piece.columns, piece.place)
+        one, where = lay_out(document, image, 4), slice(piece.at, piece.at + piece.stop - piece.start)
+        assert batch.tokens_T[where].tolist() == one.tokens[piece.start : piece.stop]
+        assert batch.labels_T[where].tolist() == one.labels[piece.start : piece.stop]
+        assert batch.loss_mask_T[where].tolist() == one.mask[piece.start : piece.stop]
+        assert set(batch.source_ids_T[where]) == {piece.source}
+        shown = [piece.start <= start < piece.stop for start in one.image_starts]
+        files += [data for (_, data), here in zip(document.images, shown, strict=True) if here]
+        roles.add((bool(document.spans), bool(document.images), document.weight))
+    assert np.array_equal(batch.patches_IND, np.stack([patchify(file, ImageShape(16, 8)) for file in files]))
+    assert len(files) > 50
+    assert len(roles) == 5
 
 
 @given(st.sampled_from(WORLDS), st.sampled_from((1, 3)))
@@ -135,14 +184,22 @@ def test_damaged_text_is_not_trained_on(tables, shards, tmp_path, packing):
         loader.batch(loader.plan.rows(Cursor(), 2000)[0])
 
 
-@pytest.mark.parametrize("tokens_at", ["far", "negative", "a token too far"])
+@pytest.mark.parametrize("tokens_at", ["far", "negative", "a token too far", "compressed"])
 def test_an_index_that_points_outside_of_its_shard_is_not_followed(tables, shards, tmp_path, tokens_at):
-    copy = shutil.copytree(shards, tmp_path / "shards")
+    copy = tmp_path / "shards"
+    if tokens_at == "compressed":
+        data = tables["data"] | {"path": str(copy), "sources": [{"kind": "pydoc"}], "compression": "zstd"}
+        build(DataConfig.model_validate(data))
+    else:
+        shutil.copytree(shards, copy)
     manifest = read_manifest(LocalFolder(copy))
     (shard,) = manifest.sources["pydoc"]
     index = pa.ipc.open_file((copy / shard.index_file).read_bytes()).read_all()
     beyond = shard.bytes - 2 * shard.batch_tokens[-1] + 2
-    at = {"far": 1 << 40, "negative": -64, "a token too far": beyond}[tokens_at]
+    at = {"far": 1 << 40, "negative": -64, "a token too far": beyond, "compressed": 0}[tokens_at]
+    if tokens_at == "compressed":
+        first = pa.array(index["first"].to_numpy() + (1 << 20), pa.uint32())
+        index = index.set_column(index.column_names.index("first"), index.schema.field("first"), first)
     batches = [batch | {"tokens_at": at} for batch in json.loads(index.schema.metadata[b"batches"])]
     index = index.replace_schema_metadata(index.schema.metadata | {b"batches": json.dumps(batches)})
     with pa.ipc.new_file(str(copy / shard.index_file), index.schema) as writer:
