@@ -10,7 +10,7 @@ help:
 	@echo "make demo      train a small image+text model, stop, resume on another layout, evaluate (ARGS=--json)"
 	@echo "make test      the linter and every test, six to ten minutes on two cores"
 	@echo "make long      the longer easy-vqa run, about 40 minutes on two cores"
-	@echo "make bench-data  the data pipeline beside its peers, about twenty minutes"
+	@echo "make bench-data  the data pipeline beside its peers, about twenty-five minutes"
 	@echo "make lint      ruff"
 	@echo "make clean     remove the virtual environment and what builds and tests left"
 
