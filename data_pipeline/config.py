@@ -27,7 +27,7 @@ class SourceConfig(Table):
     )
     min_chars: int = Field(1, ge=0, description="documents with fewer characters are dropped, unless they have images")
     max_chars: int = Field(10_000_000, ge=1, description="documents with more characters are dropped")
-    quality: bool = Field(False, description="drop texts that break the Gopher rules for prose")
+    quality: bool = Field(False, description="drop documents of nothing but text that break the Gopher rules for prose")
 
     @model_validator(mode="after")
     def _has_path(self):

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from armillary.data_pipeline.config import SourceConfig
 from armillary.data_pipeline.dedup import BANDS, exact_key, near_keys
-from armillary.data_pipeline.document import Document, Encoded, Picture
+from armillary.data_pipeline.document import Document, Encoded, Picture, Text
 from armillary.data_pipeline.filters import length_problem, quality_problem
 from armillary.data_pipeline.prefetch import prefetch
 from armillary.data_pipeline.shards import Shard, SubstringFile, schema_of
@@ -78,7 +78,7 @@ def kept_documents(
     for number, document in enumerate(read_part(source, part)):
         if isinstance(document, DataError):
             if source.bad == "stop":
-                raise document
+                raise DataError(document.what, f"source {source.name}: {document.where}", document.fix)
             reason = "could not be used"
             if examples is not None and len(examples) < 10:
                 examples.append(f"{document.where}: {document.what}")
@@ -94,7 +94,8 @@ def _problem(document: Document, source: SourceConfig) -> str:
     text = "".join(document.texts)
     pictured = any(isinstance(part, Picture) for part in document.parts)
     problem = length_problem(text, 0 if pictured else source.min_chars, source.max_chars)
-    return problem or (quality_problem(text) if source.quality else "")
+    prose = all(isinstance(part, Text) and part.learned for part in document.parts)
+    return problem or (quality_problem(text) if source.quality and prose else "")
 
 
 def scan_part(task: Scan) -> tuple[tuple[str, int], np.ndarray]:

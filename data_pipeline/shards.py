@@ -241,7 +241,9 @@ def read_manifest(folder: Folder) -> Manifest:
         tables = json.loads(folder.read_text(MANIFEST))
         if isinstance(tables, dict) and tables.get("format", FORMAT) != FORMAT:
             raise DataError(
-                f"the shards are of format {tables['format']}, this version reads {FORMAT}", path, folder.remedy
+                f"the shards are of format {tables['format']}, this version reads {FORMAT}",
+                path,
+                f"build them anew (a run goes on with the version that made it): {folder.build}",
             )
         manifest = Manifest.model_validate(tables)
     except FileNotFoundError:

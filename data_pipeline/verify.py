@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import xxhash
 
-from armillary.data_pipeline.folder import Folder
+from armillary.data_pipeline.folder import Folder, open_checked
 from armillary.data_pipeline.shards import Manifest, ShardReader, schema_of
 from armillary.data_pipeline.tokenizer import Tokenizer
 from armillary.errors import DataError
@@ -13,11 +13,14 @@ Progress = Callable[[int, int], None]
 
 
 def check_files(folder: Folder, manifest: Manifest) -> None:
-    """DataError unless every shard and index is there with its size; their bytes are not read."""
+    """DataError unless every shard and every index is there with its size; their bytes are not read."""
     for shards in manifest.sources.values():
         for shard in shards:
             folder.check_size(shard.file, shard.bytes)
             folder.check_size(shard.index_file, shard.index_bytes)
+    for files in manifest.substrings.values():
+        for file in files:
+            folder.check_size(file.file, file.bytes)
 
 
 def verify(folder: Folder, manifest: Manifest, progress: Progress = lambda done, total: None) -> list[DataError]:
@@ -28,7 +31,8 @@ def verify(folder: Folder, manifest: Manifest, progress: Progress = lambda done,
     found: list[DataError] = []
     schema = schema_of(Tokenizer.from_json(manifest.tokenizer).size)
     shards = [shard for shards in manifest.sources.values() for shard in shards]
-    done, total = 0, sum(shard.bytes + shard.index_bytes for shard in shards)
+    substrings = [file for files in manifest.substrings.values() for file in files]
+    done, total = 0, sum(shard.bytes + shard.index_bytes for shard in shards) + sum(file.bytes for file in substrings)
     for shard in shards:
         try:
             reader = ShardReader(folder, shard, schema)
@@ -43,5 +47,12 @@ def verify(folder: Folder, manifest: Manifest, progress: Progress = lambda done,
         except DataError as error:
             found.append(error)
         done += shard.bytes + shard.index_bytes
+        progress(done, total)
+    for file in substrings:
+        try:
+            open_checked(folder, file.file, file.bytes, file.xxh3, "an index of substrings")
+        except DataError as error:
+            found.append(error)
+        done += file.bytes
         progress(done, total)
     return found

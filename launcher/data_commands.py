@@ -29,8 +29,9 @@ def build(
     """Tokenize and encode the job's sources into Arrow shards. A build that was killed goes on where it stopped."""
     from armillary.data_pipeline.build import build as build_shards
     from armillary.data_pipeline.build import ensure_built
-    from armillary.data_pipeline.folder import is_url
+    from armillary.data_pipeline.folder import is_url, open_folder
     from armillary.data_pipeline.shards import MANIFEST
+    from armillary.data_pipeline.verify import check_files
     from armillary.launcher.job import load_job
     from armillary.launcher.spread import spread
     from armillary.launcher.train import say_built
@@ -38,6 +39,7 @@ def build(
     job, console = load_job(job_file, overrides).with_absolute_paths(), Console(stderr=True)
     if not force and (is_url(job.data.path) or (Path(job.data.path) / MANIFEST).exists()):
         manifest = ensure_built(job.data)
+        check_files(open_folder(job.data.path, job.data.cache, job.data.cache_bytes), manifest)
         console.print("the shards are there already", highlight=False)
     else:
         try:
@@ -69,7 +71,9 @@ def verify(path: Shards, as_json: AsJson = False) -> None:
     from armillary.data_pipeline.shards import read_manifest
     from armillary.data_pipeline.verify import verify as verify_shards
 
-    with tempfile.TemporaryDirectory() as place, Progress(console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    shown = Progress(console=console, transient=True, disable=not console.is_terminal)
+    with tempfile.TemporaryDirectory() as place, shown as progress:
         manifest = read_manifest(open_folder(path, place))
         sizes = [shard.bytes + shard.index_bytes for shards in manifest.sources.values() for shard in shards]
         folder = open_folder(path, place, 2 * max(sizes))  # what the cache of this machine holds is another matter
@@ -82,7 +86,9 @@ def verify(path: Shards, as_json: AsJson = False) -> None:
         print(f"{counted(shards, 'shard')} read and compared: nothing is damaged")
     if found:
         reasons = "".join(f"\n  {error.where}: {error.what}" for error in found)
-        raise DataError(f"{len(found)} of {shards} shards are damaged:{reasons}", path, found[0].fix)
+        raise DataError(
+            f"{counted(len(found), 'damaged file')} in {counted(shards, 'shard')}:{reasons}", path, found[0].fix
+        )
 
 
 @app.command()
@@ -177,6 +183,7 @@ def find(
 @app.command()
 def where(
     run: RunPath,
+    overrides: Overrides = (),
     step: Annotated[int | None, typer.Option(help="the documents that this step saw", min=1)] = None,
     document: Annotated[str | None, typer.Option(help="SOURCE:NUMBER, the steps that saw this document")] = None,
     as_json: AsJson = False,
@@ -187,7 +194,7 @@ def where(
     from armillary.launcher.run import Run
     from armillary.launcher.where import Where
 
-    found = Where(Run.open(run))
+    found = Where(Run.open(run), list(overrides))
     if step is not None:
         documents = found.step(step)
         if as_json:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from armillary.errors import ERRORS, ArmillaryError, ClusterError, RunError
 from armillary.launcher import cluster
+from armillary.launcher.arguments import counted
 from armillary.launcher.job import Job
 from armillary.launcher.placement import Bundle, Failure, blame, place
 from armillary.launcher.progress import View
@@ -86,7 +87,7 @@ def drive(run: Run, job: Job, until: int, resume: Path | None, view: View) -> Ou
                 ranks = _Ranks()
                 try:
                     _launch(ranks, job, gpus, run, number, folder, until, resume, stop)
-                    view.say(f"{job.parallel.world_size} ranks started, logs in {folder / 'logs'}")
+                    view.say(f"{counted(job.parallel.world_size, 'rank')} started, logs in {folder / 'logs'}")
                     outcome = _watch(ranks, job, run, view, stop, until, folder)
                 finally:
                     _kill(ranks)

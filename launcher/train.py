@@ -1,5 +1,6 @@
 """`armillary train` and `armillary resume`: everything between the command line and the driver."""
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -9,7 +10,7 @@ from rich.console import Console
 
 from armillary.data_pipeline.build import built, ensure_built
 from armillary.data_pipeline.cursor import Cursor
-from armillary.data_pipeline.folder import open_folder
+from armillary.data_pipeline.folder import is_url, open_folder
 from armillary.data_pipeline.loader import Loader
 from armillary.data_pipeline.mixture import BLOCK_ROWS, ORDER
 from armillary.data_pipeline.shards import read_manifest as read_data_manifest
@@ -72,9 +73,26 @@ class Summary:
             console.print(f"{name:>12}  {value}", markup=False, highlight=False, soft_wrap=True)
 
 
+def check_data(run: Run, job: Job) -> None:
+    """DataError where the order of the data is another one than the run's, or its shards are."""
+    order = read_manifest(run.latest()).state.data_order if run.has_checkpoint else ORDER
+    if order != ORDER:
+        raise DataError(
+            f"the run's data came in order {order}, this version has {ORDER}", run.path,
+            "use the version that the run was made with, or start a new run",
+        )  # fmt: skip
+    elsewhere = "restore those shards, or say where they are: data.path=..."
+    if not is_url(job.data.path) and not os.path.exists(job.data.path):
+        raise DataError("the run's shards are not here", job.data.path, elsewhere)
+    if built(job.data) != run.data():
+        raise DataError("these are not the shards that the run was trained on", job.data.path, elsewhere)
+
+
 def start(job: Job, run_dir: Path | None, stop_at: int, console: Console) -> Summary:
     """Train a new run; a start that the user can put right leaves no directory behind."""
     until, job = until_step(job, stop_at, done=0), job.with_absolute_paths()
+    for warning in job.warnings():
+        console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
     path = run_dir or Path("runs") / f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     Run.refuse_existing(path)
     manifest = ensure_built(job.data, say_built(console))
@@ -102,11 +120,7 @@ def resume(path: Path, overrides: list[str], stop_at: int, console: Console) -> 
 def resumable_job(run: Run, job: Job) -> Job:
     """`job` if the run can go on with it; JobError or DataError if its model or data would be other ones."""
     state = read_manifest(run.latest()).state if run.has_checkpoint else None
-    if state is not None and state.data_order != ORDER:
-        raise DataError(
-            f"the checkpoint was made with order {state.data_order} of the data, this version has {ORDER}", run.path,
-            "go on with the version that made it, or start a new run",
-        )  # fmt: skip
+    check_data(run, job)
     before, cursor = run.job(), state.cursor if state is not None else Cursor()
     free = {*FREE, "data.schedule"} if _planned(before, cursor) == _planned(job, cursor) else set(FREE)
     for table in KEPT_BY_RESUME:
@@ -117,8 +131,6 @@ def resumable_job(run: Run, job: Job) -> Job:
                 f"a run cannot be resumed with another {', '.join(changed)}", run.path / "job.toml",
                 "leave it as it was, or start a new run",
             )  # fmt: skip
-    if built(job.data) != run.data():
-        raise DataError("these are not the shards that the run was trained on", job.data.path, "restore those shards")
     check_readable(job)
     return job
 

@@ -7,15 +7,20 @@ from armillary.data_pipeline.cursor import Cursor
 from armillary.data_pipeline.loader import Loader
 from armillary.errors import JobError
 from armillary.launcher.run import Run
+from armillary.launcher.train import check_data
 
 
 class Where:
-    """A run's steps and the documents behind them."""
+    """A run's steps and the documents behind them. `overrides`: data.path=..., where the shards have moved.
 
-    def __init__(self, run: Run):
-        self._run, job = run, run.job()
+    DataError where the shards, or this version's order of them, are not the run's.
+    """
+
+    def __init__(self, run: Run, overrides: list[str] = ()):
+        self._run, job = run, run.job(overrides).with_absolute_paths()
         if job.data.packing == "windows":
             raise JobError("a window is no document: it is cut from the token stream", run.path, "see data.packing")
+        check_data(run, job)
         self.loader = Loader(job.data, job.image_shape)
         self._sources = [source.name for source in job.data.sources]
         curve = run.curve()

@@ -24,32 +24,52 @@ def parts(source: SourceConfig) -> list[Part]:
 def read(source: SourceConfig, part: Part) -> Iterator[Record]:
     """A record an image, with its caption as a text to learn."""
     root = Path(source.path)
-    captions = _captions(root)
+    captions, bad = _captions(root)
     files = [Path(file) for file in part.files]
-    if files == [root / METADATA]:
-        real = os.path.realpath(root)
-        listed = [root / os.path.relpath(file, real) for file in captions]
-        files = [file for file in listed if not (file.is_file() and file.name.lower().endswith(ENDINGS["images"]))]
-    for file in files:
-        caption = captions.get(os.path.realpath(file))
-        yield Record(name_in(source, file), file.parent, functools.partial(_fields, file, caption, source))
+    if files != [root / METADATA]:
+        for file in files:
+            caption = captions.get(os.path.realpath(file))
+            yield Record(name_in(source, file), file.parent, functools.partial(_fields, file, caption, source))
+        return
+    real = os.path.realpath(root)
+    for path, caption in captions.items():
+        file = root / os.path.relpath(path, real)
+        if not (file.is_file() and file.name.lower().endswith(ENDINGS["images"])):
+            name = f"{METADATA}, {name_in(source, file)}"
+            yield Record(name, file.parent, functools.partial(_fields, file, caption, source))
+    for line, reason in bad:
+        yield Record(f"{METADATA}, line {line}", root, functools.partial(_refuse, reason))
 
 
 def _fields(file: Path, caption: dict | None, source: SourceConfig) -> dict:
-    caption = caption or {source.text_field: read_file(file.with_suffix(".txt")).decode("utf-8-sig")}
+    if caption is None:
+        beside = file.with_suffix(".txt")
+        if not beside.is_file():
+            raise ValueError(f"it has no caption, neither {beside.name} nor a line in {METADATA}")
+        caption = {source.text_field: read_file(beside).decode("utf-8-sig")}
     return caption | {source.image_field: read_file(file)}
 
 
-def _captions(root: Path) -> dict[str, dict]:
-    """Records of the folder's metadata.jsonl, by the real path of the file that their `file_name` names; none where it
-    is missing."""
-    if not (root / METADATA).is_file():
-        return {}
-    found = {}
-    try:
-        for line in read_file(root / METADATA).decode().splitlines():
-            record = json.loads(line)
-            found[os.path.realpath(inside(root, record["file_name"]))] = record
-    except (ValueError, KeyError, TypeError):
-        raise DataError("a line is no record with a `file_name`", root / METADATA, "correct it") from None
-    return found
+def _refuse(reason: str) -> None:
+    raise ValueError(reason)
+
+
+def _captions(root: Path) -> tuple[dict[str, dict], list[tuple[int, str]]]:
+    """Records of the folder's metadata.jsonl by the real path of the file that their `file_name` names, and (line, why)
+    of those that cannot be used."""
+    found: dict[str, dict] = {}
+    bad = []
+    lines = read_file(root / METADATA).splitlines() if (root / METADATA).is_file() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line.decode("utf-8-sig"))
+            path = os.path.realpath(inside(root, record["file_name"]))
+        except DataError as error:
+            bad.append((number, error.what))
+        except (ValueError, KeyError, TypeError, RecursionError):
+            bad.append((number, "it is no record with a `file_name`"))
+        else:
+            if path in found:
+                bad.append((number, "its file has a caption already"))
+            found.setdefault(path, record)
+    return found, bad

@@ -60,21 +60,39 @@ def _fix(first: str) -> str:
 
 
 def _parts(fields: dict, source: SourceConfig, root: Path) -> list[Text | Picture | Answer]:
-    if isinstance(listed := fields.get("parts"), list):
-        return [_part(one, root) for one in listed]
+    if "parts" in fields:
+        others = {source.text_field, source.image_field, "question", "answer"}
+        if also := [name for name, value in fields.items() if name in others and value]:
+            raise ValueError(f"it has `parts` and `{also[0]}` too, whose order nobody knows")
+        if not isinstance(fields["parts"], list):
+            raise ValueError("its `parts` are no list")
+        return [_part(one, root) for one in fields["parts"]]
     image = fields.get(source.image_field)
     before = [] if image is None else [_picture(image, root)]
     text = fields.get(source.text_field)
-    if "answer" in fields:
+    if "answer" in fields or "question" in fields:
         if text and source.text_field not in ("question", "answer"):
             raise ValueError(f"it has an answer and `{source.text_field}` too, whose order nobody knows: use `parts`")
-        return [*before, Text(_text(fields.get("question")), learned=False), Answer(_text(fields["answer"]))]
-    if before and not _text(text).strip():
+        question, answer = (_field(fields, name) for name in ("question", "answer"))
+        return [*before, Text(question, learned=False), Answer(answer)]
+    text = _field(fields, source.text_field)
+    if before and not text.strip():
         raise ValueError("its image has an empty caption")
-    return [*before, Text(_text(text))]
+    return [*before, Text(text)]
+
+
+def _field(fields: dict, name: str) -> str:
+    if name not in fields:
+        raise ValueError(f"it has no `{name}`, but {', '.join(map(str, [*fields][:9])) or 'nothing'}")
+    try:
+        return _text(fields[name])
+    except ValueError as error:
+        raise ValueError(f"{error} (`{name}`)") from None
 
 
 def _part(one: Any, root: Path) -> Text | Picture | Answer:
+    if isinstance(one, dict) and len({"text", "prompt", "answer", "image"}.intersection(one)) > 1:
+        raise ValueError("one of its parts is more than one of text, prompt, answer and image")
     match one:
         case {"text": text}:
             return Text(_text(text))
@@ -109,6 +127,8 @@ def _picture(value: Any, root: Path) -> Picture:
     if isinstance(value, str) and value.startswith(DATA_URI):
         value = base64.b64decode(value.partition(",")[2], validate=True)
     elif isinstance(value, str):
+        if "://" in value:
+            raise ValueError("an image is a URL, which is not fetched")
         value = read_file(inside(root, value))
     if not isinstance(value, bytes):
         raise ValueError("an image is no path, data URI or bytes")

@@ -28,9 +28,25 @@ def read(source: SourceConfig, part: Part) -> Iterator[Record]:
     path = Path(part.files[0])
     name = name_in(source, path)
     batches = _arrow(path) if source.kind == "huggingface" else _parquet(path, part.start)
-    rows = (row for batch in batches for row in batch.to_pylist())
+    rows = (row for batch in _checked(batches, source, path) for row in batch.to_pylist())
     for number, row in enumerate(rows):
         yield Record(f"{name}, row {number} of group {part.start}", path.parent, lambda row=row: row)
+
+
+def _checked(batches: Iterator[pa.RecordBatch], source: SourceConfig, path: Path) -> Iterator[pa.RecordBatch]:
+    """The same; DataError where they lack a column that the source names, or any that a document could be made of."""
+    for batch in batches:
+        names, image = batch.schema.names, source.image_field
+        wanted = [image] if image != SourceConfig.model_fields["image_field"].default else []
+        if not {"parts", "answer"}.intersection(names):
+            wanted.append(source.text_field)
+        if missing := [name for name in wanted if name not in names]:
+            raise DataError(
+                f"the table has no column {missing[0]}, but {', '.join(names)}",
+                path,
+                "correct text_field or image_field",
+            )
+        yield batch
 
 
 def _parquet(path: Path, group: int) -> Iterator[pa.RecordBatch]:

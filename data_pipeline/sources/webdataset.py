@@ -51,4 +51,6 @@ def _members(path: Path) -> Iterator[tuple[str, str, bytes]]:
                 if member.isfile() and ending:
                     yield str(name.parent / key), ending.lower(), tar.extractfile(member).read()
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise DataError(f"a tar cannot be read: {error}", path, "restore or remove the file") from None
+        raise DataError(
+            f"a tar cannot be read: {str(error).splitlines()[0]}", path, "restore or remove the file"
+        ) from None

@@ -57,7 +57,7 @@ def test_an_unreadable_image_leaves_nothing_behind(config, tmp_path):
     image.write_bytes(image.read_bytes()[:40])
     with pytest.raises(DataError, match="cannot be decoded") as error:
         build(config)
-    assert error.value.where == f"train/questions.json[2]: {image}"
+    assert error.value.where == f"source easy_vqa: train/questions.json[2]: {image}"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
 
 

@@ -127,18 +127,36 @@ def test_folders_of_images_with_captions(tmp_path):
     found = [(Picture(png(1)), Text("beside it")), (Picture(png(2)), Text("in the list"))]
     assert parts("images", tmp_path) == found
     (tmp_path / "odd.picture").write_bytes(png(3))
-    listed = [{"file_name": name, "text": "in the list"} for name in ("2.png", "missing.png", "odd.picture")]
-    lines(tmp_path / "metadata.jsonl", *listed)
+    named = ("2.png", "missing.png", "odd.picture", "2.png", "../2.png")
+    lines(tmp_path / "metadata.jsonl", *({"file_name": name, "text": "in the list"} for name in named))
+    with open(tmp_path / "metadata.jsonl", "ab") as file:
+        file.write(b'{"text": "no name"}\n{"file_na\n\xff\n')
     (tmp_path / "4.png").write_bytes(png(4))
     (tmp_path / "4.txt").write_text(" \n")
     (tmp_path / "5.png").write_bytes(png(5))
-    one, two, empty, none, missing, odd = documents("images", tmp_path)
+    one, two, empty, none, missing, odd, *bad = documents("images", tmp_path)
     assert [one.parts, two.parts] == found
     assert odd.parts == (Picture(png(3)), Text("in the list"))
     assert (empty.what, empty.where) == ("a record cannot be used: its image has an empty caption", "4.png")
-    assert none.what == missing.what == "a file cannot be read: No such file or directory"
-    assert none.where == f"5.png: {tmp_path / '5.txt'}"
-    assert missing.where == f"missing.png: {tmp_path / 'missing.png'}"
+    assert "it has no caption, neither 5.txt nor a line in metadata.jsonl" in none.what
+    assert none.where == "5.png"
+    assert missing.what == "a file cannot be read: No such file or directory"
+    assert missing.where == f"metadata.jsonl, missing.png: {tmp_path / 'missing.png'}"
+    told = [(error.what.removeprefix("a record cannot be used: "), error.where) for error in bad]
+    assert told == [
+        ("its file has a caption already", "metadata.jsonl, line 4"),
+        ("a file is named that lies outside the source's folder", "metadata.jsonl, line 5"),
+        *(("it is no record with a `file_name`", f"metadata.jsonl, line {line}") for line in (6, 7, 8)),
+    ]
+
+
+def test_a_table_without_the_columns_that_are_named_is_refused(tmp_path):
+    table = pa.table({"content": ["a"], "picture": [png(1)]})
+    pq.write_table(table, tmp_path / "x.parquet")
+    for options, missing in (({}, "text"), ({"text_field": "content", "image_field": "img"}, "img")):
+        with pytest.raises(DataError, match=f"no column {missing}, but content, picture"):
+            documents("parquet", tmp_path, **options)
+    assert parts("parquet", tmp_path, text_field="content", image_field="picture") == [(Picture(png(1)), Text("a"))]
 
 
 @pytest.mark.parametrize(
@@ -148,8 +166,13 @@ def test_folders_of_images_with_captions(tmp_path):
         (b'{"text": "\xff\xfe"}', "not valid UTF-8"),
         (b'{"text": "\\ud800"}', "not valid Unicode"),
         (b"[1, 2]", "no table of fields"),
-        (b'{"txt": "a"}', "no text where one is needed"),
-        (b'{"text": 7}', "no text where one is needed"),
+        (b'{"txt": "a", "id": 1}', "it has no `text`, but txt, id"),
+        (b'{"question": "a"}', "it has no `answer`, but question"),
+        (b'{"text": 7}', "no text where one is needed (`text`)"),
+        (b'{"parts": "a"}', "its `parts` are no list"),
+        (b'{"parts": [{"text": "a"}], "text": "b"}', "it has `parts` and `text` too"),
+        (b'{"parts": [{"text": "a", "image": "b.png"}]}', "more than one of text, prompt, answer and image"),
+        (b'{"text": "a", "image": "https://x.y/z.png"}', "a URL, which is not fetched"),
         (b'{"text": "  \\n"}', "it is empty"),
         (b'{"parts": []}', "it is empty"),
         (b'{"parts": [{"sound": "a"}]}', "one of its parts"),
@@ -221,7 +244,7 @@ def test_captions_are_found_by_whatever_path_they_name(tmp_path, monkeypatch):
     for path in (folder, tmp_path / "link", "real", "link/"):
         *found, missing = documents("images", path)
         assert [one.parts for one in found] == [(Picture(png(n + 1)), Text(names[n])) for n in range(3)]
-        assert missing.where.startswith("4.png: ")
+        assert missing.where.startswith("metadata.jsonl, 4.png: ")
 
 
 def test_a_source_without_files_is_refused(tmp_path):

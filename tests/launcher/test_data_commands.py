@@ -69,6 +69,10 @@ def test_build_inspect_and_verify(job, armillary, tmp_path):
     assert again.returncode == 0, again.stderr
     assert armillary("data", "find", "indexed", "x" * 50).stdout == "no document\n"
     refused(armillary("data", "find", "indexed", "short"), "50 are needed")
+    index = next((tmp_path / "indexed").glob("*.substrings.arrow"))
+    index.write_bytes(index.read_bytes()[:-8])
+    refused(armillary("data", "verify", "indexed"), "1 damaged file in 5 shards", index.name)
+    refused(armillary("data", "build", job, "data.substrings=true", "data.path=indexed"), index.name)
     measured = armillary("data", "bench", job, "--seconds", "0.3", "--json")
     speed = json.loads(measured.stdout)
     assert speed["positions_per_second"] > 0
@@ -82,7 +86,7 @@ def test_build_inspect_and_verify(job, armillary, tmp_path):
     (other,) = (tmp_path / "shards").glob("pictures-*[0-9].arrow")
     other.write_bytes(other.read_bytes()[:-1])
     told = armillary("data", "verify", "shards")
-    refused(told, "2 of 5 shards are damaged", f"{shard.name}: batch 0 of a shard is corrupted", f"{other.name}: ")
+    refused(told, "2 damaged files in 5 shards", f"{shard.name}: batch 0 of a shard is corrupted", f"{other.name}: ")
     refused(armillary("data", "build", job, "data.vocab_size=300"), "another data.vocab_size", "--force")
     assert json.loads(armillary("data", "verify", "shards", "--json").stdout)["damaged"][0]["where"].endswith(
         shard.name
@@ -184,3 +188,11 @@ def test_where_tells_steps_from_documents_and_back(job, armillary, tmp_path, mon
     refused(armillary("data", "where", "run", "--document", "texts:200"), "no document 200")
     refused(armillary("data", "where", "run", "--document", "books:1"), "no source books")
     refused(armillary("data", "where", "run", "--document", "books"), "SOURCE:NUMBER")
+    (tmp_path / "shards").rename(tmp_path / "moved")
+    refused(armillary("data", "where", "run", "--step", "17"), "the run's shards are not here", "data.path=")
+    told = armillary("data", "where", "run", "data.path=moved", "--step", "17", "--json")
+    assert json.loads(told.stdout)["documents"] == seen[17]
+    with open(tmp_path / "texts" / "2.jsonl", "a") as file:
+        file.write('{"text": "one more"}\n')
+    assert armillary("data", "build", job, "--workers", "1").returncode == 0
+    refused(armillary("data", "where", "run", "--step", "17"), "not the shards that the run was trained on")
