@@ -86,6 +86,9 @@ def plot(medians: dict[str, dict], path: Path) -> None:
     for axis, (title, kinds) in zip(axes, panels.items(), strict=True):
         chosen = {key: one["rate"] for key, one in medians.items() if key.endswith(kinds)}
         chosen = dict(sorted(chosen.items(), key=lambda item: item[1]))
+        axis.set_visible(bool(chosen))
+        if not chosen:
+            continue
         names = [key.replace("|text", "").replace("|decoded", "").replace("|", ", ") for key in chosen]
         colours = ["C1" if key.startswith("armillary") else "0.6" for key in chosen]
         bars = axis.barh(names, chosen.values(), color=colours)

@@ -52,12 +52,12 @@ def test_the_schedule_may_change_where_no_data_was_drawn_yet(run):
 
 def test_a_checkpoint_of_another_order_of_the_data_is_refused(run):
     checkpoint_of(run, ORDER - 1)
-    with pytest.raises(DataError, match=f"made with order {ORDER - 1} of the data"):
+    with pytest.raises(DataError, match=f"came in order {ORDER - 1}, this version has {ORDER}"):
         changed(run)
 
 
 def test_a_resume_builds_nothing(run, tmp_path):
-    with pytest.raises(DataError, match="no shards here"):
+    with pytest.raises(DataError, match="the run's shards are not here"):
         changed(run, f'data.path="{tmp_path}/nowhere"')
     assert not (tmp_path / "nowhere").exists()
 
