@@ -134,16 +134,6 @@ class Columns:
     def __len__(self) -> int:
         return len(self.weights)
 
-    @functools.cached_property
-    def address(self) -> int:
-        """Where `tokens` begin in memory."""
-        return self.tokens.__array_interface__["data"][0]
-
-    def spans(self, row: int) -> list[tuple[int, int]]:
-        """(end, role) of a document's stretches, see document.Encoded."""
-        stretch = slice(self.span_offsets[row], self.span_offsets[row + 1])
-        return list(zip(self.span_ends[stretch].tolist(), self.span_roles[stretch].tolist(), strict=True))
-
     def image(self, number: int) -> memoryview:
         """An image's file."""
         data, offsets = self._files

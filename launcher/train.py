@@ -120,7 +120,6 @@ def resume(path: Path, overrides: list[str], stop_at: int, console: Console) -> 
 def resumable_job(run: Run, job: Job) -> Job:
     """`job` if the run can go on with it; JobError or DataError if its model or data would be other ones."""
     state = read_manifest(run.latest()).state if run.has_checkpoint else None
-    check_data(run, job)
     before, cursor = run.job(), state.cursor if state is not None else Cursor()
     free = {*FREE, "data.schedule"} if _planned(before, cursor) == _planned(job, cursor) else set(FREE)
     for table in KEPT_BY_RESUME:
@@ -131,6 +130,7 @@ def resumable_job(run: Run, job: Job) -> Job:
                 f"a run cannot be resumed with another {', '.join(changed)}", run.path / "job.toml",
                 "leave it as it was, or start a new run",
             )  # fmt: skip
+    check_data(run, job)
     check_readable(job)
     return job
 

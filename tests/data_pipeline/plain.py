@@ -44,9 +44,10 @@ def batch_of(
 def decoded(columns: Columns, row: int) -> Encoded:
     """A document read back from its columns."""
     images = range(columns.image_offsets[row], columns.image_offsets[row + 1])
+    spans = range(columns.span_offsets[row], columns.span_offsets[row + 1])
     return Encoded(
         tokens=columns.tokens[columns.offsets[row] : columns.offsets[row + 1]].tolist(),
-        spans=[(end, Role(role)) for end, role in columns.spans(row)],
+        spans=[(int(columns.span_ends[i]), Role(columns.span_roles[i])) for i in spans],
         images=[(int(columns.image_at[i]), columns.image(i).tobytes()) for i in images],
         name=columns.names[row].as_py(),
         weight=float(columns.weights[row]),

@@ -99,6 +99,15 @@ def test_a_document_larger_than_a_shard_is_refused_or_counted(config):
     assert build(changed(config, bad="skip")).reports["jsonl"].dropped == {"larger than a shard": 1}
 
 
+def test_quality_is_asked_of_texts_alone(config, tmp_path):
+    """Neither a caption nor a question is prose, whatever the rules for prose say of them."""
+    (tmp_path / "texts" / "1.png").write_bytes(png())
+    lines(tmp_path / "texts" / "9.jsonl", {"text": "a cat", "image": "1.png"}, {"question": "why?", "answer": "so"})
+    report = build(changed(config, quality=True)).reports["jsonl"]
+    assert report.documents == 2
+    assert report.dropped == {"number of words": 31}
+
+
 def test_a_source_of_which_nothing_is_left_is_refused(config):
     with pytest.raises(DataError, match="holds no documents"):
         build(changed(config, min_chars=10_000))

@@ -65,7 +65,9 @@ def test_a_text_that_is_only_a_prompt_learns_its_end_alone():
 TABLES = Path(os.environ.get("ARMILLARY_REFERENCE_DATA", ROOT.parent / "shared" / "data")) / "tokenizers"
 
 
-@pytest.mark.skipif(not TABLES.exists(), reason=f"published tables are not here: {TABLES}")
+@pytest.mark.skipif(
+    not TABLES.exists(), reason=f"there are no published tables at {TABLES} (ARMILLARY_REFERENCE_DATA/tokenizers)"
+)
 def test_a_published_table_encodes_as_its_own_library_does():
     path = TABLES / "cl100k_base.tiktoken.gz"
     rows = (line.split() for line in gzip.decompress(path.read_bytes()).splitlines())

@@ -25,6 +25,9 @@ def test_job_check_warns_of_what_is_not_there_and_of_what_never_comes(job_file, 
     assert "# warning: data.tokenizer: there is nothing at " in done.stdout
     assert "# warning: data.schedule: a change at 1,000,341,504 positions never comes" in done.stdout
     assert len(json.loads(armillary("job", "check", job_file, *given, "--json").stdout)["warnings"]) == 3
+    trained = armillary("train", job_file, *given)
+    refused(trained, "neither a file nor a folder", "none")
+    assert "warning: data.schedule: a change at 1,000,341,504 positions never comes" in trained.stderr
     refused(armillary("job", "check", job_file, "data.seq_length=8"), "data.seq_length", "an image takes")
 
 

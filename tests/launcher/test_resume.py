@@ -64,6 +64,12 @@ def test_a_resume_builds_nothing(run, tmp_path):
 
 def test_threads_may_change_and_what_makes_the_data_may_not(run):
     assert changed(run, "data.threads=7").data.threads == 7
-    for override in ("data.packing=best_fit", "data.shuffle_shards=2", "data.seq_length=256", "model.depth=4"):
+    for override in (
+        "data.vocab_size=300",
+        "data.packing=best_fit",
+        "data.shuffle_shards=2",
+        "data.seq_length=256",
+        "model.depth=4",
+    ):
         with pytest.raises(JobError, match="cannot be resumed with another"):
             changed(run, override)
