@@ -18,7 +18,7 @@ install: $(READY)
 
 # PyTorch first and pinned, or another package draws in a build with gigabytes of CUDA. DeepSpeed's own set-up
 # imports PyTorch, which an isolated build would not see.
-$(READY): constraints.txt pyproject.toml setup.py data_pipeline/gather.c
+$(READY): constraints.txt pyproject.toml setup.py $(wildcard data_pipeline/native/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch numpy setuptools wheel packaging ninja
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[dev]"
@@ -35,7 +35,7 @@ long: $(READY)
 
 # The peers want other versions of shared packages than ours: an environment of their own, in which ours run too.
 BENCH := .venv-bench
-$(BENCH)/.ready: benchmarks/constraints.txt pyproject.toml setup.py data_pipeline/gather.c
+$(BENCH)/.ready: benchmarks/constraints.txt pyproject.toml setup.py $(wildcard data_pipeline/native/*)
 	$(PYTHON) -m venv $(BENCH)
 	$(BENCH)/bin/python -m pip install --quiet --constraint benchmarks/constraints.txt torch numpy setuptools wheel packaging ninja
 	$(BENCH)/bin/python -m pip install --quiet --constraint benchmarks/constraints.txt --no-build-isolation --editable ".[bench]"

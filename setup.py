@@ -13,6 +13,11 @@ for top in TOP:
         folder = init.parent.relative_to(HERE)
         folders[".".join(("armillary", *folder.parts))] = folder.as_posix()
 
-gather = Extension("armillary.data_pipeline.gather", ["data_pipeline/gather.c"], py_limited_api=True)
+native = Extension(
+    "armillary.data_pipeline.native",
+    [f"data_pipeline/native/{name}.c" for name in ("module", "gather", "fill", "lay_out")],
+    depends=["data_pipeline/native/native.h"],
+    py_limited_api=True,
+)
 
-setup(packages=list(folders), package_dir=folders, ext_modules=[gather])
+setup(packages=list(folders), package_dir=folders, ext_modules=[native])

@@ -8,10 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from armillary.data_pipeline.document import LEARNED
-from armillary.data_pipeline.gather import gather
 from armillary.data_pipeline.images import ImageShape, patchify
-from armillary.data_pipeline.layout import Documents, Laid, Layout, lay_out, plain
+from armillary.data_pipeline.layout import Blank, Layout, address_of, lay_out, table_of
+from armillary.data_pipeline.native import gather
 from armillary.data_pipeline.shards import Columns
 
 _NONE = np.empty(0, np.int64)
@@ -137,11 +136,6 @@ def _numbers(count: int) -> np.ndarray:
     return np.arange(count, dtype=np.int32)
 
 
-def address_of(array: np.ndarray) -> int:
-    """Where an array's numbers begin in memory."""
-    return array.__array_interface__["data"][0]
-
-
 def whole_documents(columns: Columns, seq_length: int, shape: ImageShape, image_token: int) -> Pieces:
     """All documents of a batch, of two tokens or more and none cut, in rows of `seq_length` positions."""
     dtype = columns.tokens.dtype
@@ -160,37 +154,24 @@ def whole_documents(columns: Columns, seq_length: int, shape: ImageShape, image_
     if room:
         document.append(-1)
         length.append(room)
-    of, length = np.array(document), np.array(length)
-    filled = np.flatnonzero(of >= 0)
-    nothing, image_tokens = np.zeros(seq_length + 1, dtype), np.full(shape.positions + 1, image_token, dtype)
-    padding = np.full(len(of), address_of(nothing))
-    laid = Laid(filled, of[filled], np.zeros(len(filled), np.int64), length[filled])
-    image = address_of(image_tokens)
+    of = np.array(document)
+    padding, image = np.zeros(seq_length + 1, dtype), np.full(shape.positions + 1, image_token, dtype)
     layout = lay_out(
-        plain(length, padding, np.zeros(len(of), np.float32)),
         documents_of(columns),
-        laid,
-        shape.positions,
-        dtype.itemsize,
-        image,
+        [table_of(columns)],
+        np.stack([of, np.zeros_like(of), length]),
+        Blank(address_of(padding), address_of(image), shape.positions, dtype.itemsize),
     )
     source = np.where(of < 0, -1, 0).astype(np.int32)
     images = [Image(place, columns.image(number)) for number, place in enumerate(layout.image_place.tolist())]
-    return pieces_of(layout, 0, len(of), source, images, [columns, nothing, image_tokens])
+    return pieces_of(layout, 0, len(of), source, images, [columns, padding, image])
 
 
-def documents_of(columns: Columns) -> Documents:
+def documents_of(columns: Columns) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """All documents of a batch, for `lay_out`."""
-    return Documents(
-        address=address_of(columns.tokens) + columns.offsets[:-1].astype(np.int64) * columns.tokens.itemsize,
-        tokens=np.diff(columns.offsets).astype(np.int64),
-        weight=columns.weights,
-        image_at=columns.image_at.astype(np.int64),
-        image_ends=columns.image_offsets[1:].astype(np.int64),
-        span_end=columns.span_ends.astype(np.int64),
-        span_learned=LEARNED[columns.span_roles],
-        span_ends=columns.span_offsets[1:].astype(np.int64),
-    )
+    address = address_of(columns.tokens) + columns.offsets[:-1].astype(np.int64) * columns.tokens.itemsize
+    rows = np.arange(len(columns))
+    return address, np.diff(columns.offsets).astype(np.int64), np.zeros_like(rows), rows
 
 
 def pieces_of(layout: Layout, first: int, last: int, source: np.ndarray, images: list[Image], held: list) -> Pieces:

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from armillary.data_pipeline.batch import Image, Pieces, address_of, pieces_of
+from armillary.data_pipeline.batch import Image, Pieces, pieces_of
 from armillary.data_pipeline.config import DataConfig
-from armillary.data_pipeline.corpus import Corpus, Entries
-from armillary.data_pipeline.document import LEARNED
+from armillary.data_pipeline.corpus import Corpus
 from armillary.data_pipeline.images import ImageShape
-from armillary.data_pipeline.layout import Documents, Laid, Layout, lay_out, plain, ranges
+from armillary.data_pipeline.layout import PLAIN, Blank, Layout, address_of, lay_out, table_of
 from armillary.data_pipeline.plan import Block, Rows
 from armillary.data_pipeline.shards import ShardReader
 from armillary.data_pipeline.shuffle import key_of, mix
@@ -35,7 +34,10 @@ class _Located:
     def check(self, documents: np.ndarray) -> None:
         """Compare the batches of `documents` with their checksums, each once; DataError at the first that differs."""
         batches = self.batch[documents]
-        for batch in np.unique(batches[self.unchecked[batches]]).tolist():
+        unchecked = batches[self.unchecked[batches]]
+        if not len(unchecked):
+            return
+        for batch in np.unique(unchecked).tolist():
             reader = bisect.bisect_right(self.batch_begins, batch) - 1
             self.readers[reader].check(batch - self.batch_begins[reader])
             self.unchecked[batch] = False
@@ -52,9 +54,10 @@ class Locator:
         dtype: np.dtype,
         image_token: int,
     ):
-        self._corpora, self._itemsize, self._width = corpora, dtype.itemsize, shape.positions
+        self._corpora = corpora
         self._padding = np.zeros(config.seq_length + 1, dtype)
         self._image = np.full(shape.positions + 1, image_token, dtype)
+        self._blank = Blank(address_of(self._padding), address_of(self._image), shape.positions, dtype.itemsize)
         self._first_shard = np.cumsum([0, *(len(corpus.shard_sizes) for corpus in corpora)])
         self._compressed = np.array([corpus.compressed for corpus in corpora])
         self._augment, self._seed = np.array([source.augment for source in config.sources]), config.seed
@@ -92,7 +95,7 @@ class Locator:
 
     def _unpacked(self, pieces: Pieces, block: Block, located: _Located, compressed: list[int], first: int) -> Pieces:
         """The same, where the tokens of compressed batches are, now that they are unpacked."""
-        address, held, of_image = pieces.address.copy(), list(pieces.held), located.layout.of_image
+        address, held = pieces.address.copy(), list(pieces.held)
         before = int(located.layout.stretch_ends[first - 1]) if first else 0
         for piece in compressed:
             source, shard, batch = block.batch_of(block.packed.document[piece])
@@ -101,8 +104,8 @@ class Locator:
             if located.end[block.packed.document[piece]] > columns.tokens.nbytes:
                 raise self._corpora[source].reader(shard).inconsistent()
             begin = int(located.layout.stretch_ends[piece - 1]) if piece else 0
-            mine = slice(begin, int(located.layout.stretch_ends[piece]))
-            address[mine.start - before : mine.stop - before] += np.where(of_image[mine], 0, address_of(columns.tokens))
+            mine = address[begin - before : int(located.layout.stretch_ends[piece]) - before]
+            mine += np.where(mine == self._blank.image, 0, address_of(columns.tokens))
         return pieces._replace(address=address, held=held)
 
     def _locate(self, block: Block) -> _Located:
@@ -111,72 +114,37 @@ class Locator:
         batch_begins = np.cumsum([0, *(len(one.checked) for one in readers)])
         batch = batch_begins[reader] + entries.batch
         compressed = self._compressed[block.source]
-        begin = entries.first * self._itemsize
+        begin = entries.first * self._blank.itemsize
         tokens_at = np.concatenate([one.tokens_at for one in readers])[batch]
-        end, size = begin + entries.tokens * self._itemsize, np.array([one.size for one in readers])[reader]
+        end, size = begin + entries.tokens * self._blank.itemsize, np.array([one.size for one in readers])[reader]
         outside = reader[~compressed & ((tokens_at < 0) | (tokens_at + end > size))]
         if len(outside):
             raise readers[outside[0]].inconsistent()
         begin += np.where(compressed, 0, tokens_at + np.array([one.address for one in readers])[reader])
 
-        # Of pieces from here on. Padding is of document -1.
-        padding = of < 0
-        address = np.where(padding, address_of(self._padding), begin[of] + packed.start * self._itemsize)
-        layout = plain(packed.stop - packed.start, address, np.where(padding, 0, 1).astype(np.float32))
-        mixed = np.array([one.mixed for one in readers])
-        if mixed.any():
-            documents, which = self._documents(readers, reader, entries, begin)
-            pieces = np.flatnonzero(~padding & (which[of] >= 0))
-            laid = Laid(pieces, which[of[pieces]], packed.start[pieces], packed.stop[pieces])
-            layout = lay_out(layout, documents, laid, self._width, self._itemsize, address_of(self._image))
+        mixed = [one.mixed for one in readers]
+        row = np.concatenate([one.batch_begins for one in readers])[batch] + entries.row if any(mixed) else entries.row
+        tables = [table_of(one) if one.mixed else PLAIN for one in readers]
+        pieces = np.stack([of, packed.start, packed.stop])
+        try:
+            layout = lay_out((begin, entries.tokens, reader, row), tables, pieces, self._blank)
+        except LookupError as error:
+            raise readers[reader[error.args[0]]].inconsistent() from None
         variation = None
         if self._augment.any():
             names = mix(of.astype(np.uint64) + key_of(self._seed, 2, block.number)) | np.uint64(1)
             variation = np.where(self._augment[block.source[of]], names, np.uint64(0))
         return _Located(
             layout=layout,
-            source=np.where(padding, -1, block.source[of]).astype(np.int32),
+            source=np.where(of < 0, -1, block.source[of]).astype(np.int32),
             variation=variation,
-            compressed=np.flatnonzero(~padding & compressed[of]).tolist() if compressed.any() else [],
+            compressed=np.flatnonzero((of >= 0) & compressed[of]).tolist() if compressed.any() else [],
             readers=readers,
             end=end,
             batch=np.append(batch, batch_begins[-1]),
             batch_begins=batch_begins.tolist(),
             unchecked=~np.concatenate([*(one.checked for one in readers), [True]]),
         )
-
-    def _documents(
-        self, readers: list[ShardReader], reader: np.ndarray, entries: Entries, begin: np.ndarray
-    ) -> tuple[Documents, np.ndarray]:
-        """Those of the block with images, roles or a weight; and which of these each of the block's is, or -1."""
-        which, columns = np.full(len(reader), -1), []
-        for number in np.flatnonzero([one.mixed for one in readers]).tolist():
-            mine, one = np.flatnonzero(reader == number), readers[number]
-            rows = one.batch_begins[entries.batch[mine]] + entries.row[mine]
-            laid = (entries.images[mine] > 0) | (one.span_offsets[rows + 1] > one.span_offsets[rows])
-            laid |= one.weight[rows] != 1
-            mine, rows = mine[laid], rows[laid]
-            images, image = _listed(one.image_offsets, rows)
-            spans, span = _listed(one.span_offsets, rows)
-            columns.append(
-                (mine, images, one.image_at[image], spans, one.span_ends[span], one.span_roles[span], one.weight[rows])
-            )
-        numbers, images, image_at, spans, span_end, roles, weight = map(np.concatenate, zip(*columns, strict=True))
-        order = np.argsort(numbers)  # as the pieces come, so that what is looked up for them ascends
-        image = ranges((np.cumsum(images) - images)[order], images[order])[1]
-        span = ranges((np.cumsum(spans) - spans)[order], spans[order])[1]
-        numbers = numbers[order]
-        which[numbers] = np.arange(len(numbers))
-        return Documents(
-            address=begin[numbers],
-            tokens=entries.tokens[numbers],
-            weight=weight[order],
-            image_at=image_at[image].astype(np.int64),
-            image_ends=np.cumsum(images[order]),
-            span_end=span_end[span].astype(np.int64),
-            span_learned=LEARNED[roles[span]],
-            span_ends=np.cumsum(spans[order]),
-        ), which
 
     def _readers(self, block: Block) -> tuple[list[ShardReader], np.ndarray]:
         """The shards that a block needs, open, and of each of its documents which of them has it."""
@@ -186,9 +154,3 @@ class Locator:
         for corpus, first, last in zip(self._corpora, self._first_shard, self._first_shard[1:], strict=False):
             readers += [corpus.reader(shard) for shard in np.flatnonzero(needed[first:last]).tolist()]
         return readers, (np.cumsum(needed) - 1)[shards]
-
-
-def _listed(offsets: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of a column of lists: how many items some rows have, and where all of these are."""
-    first, count = offsets[rows].astype(np.int64), (offsets[rows + 1] - offsets[rows]).astype(np.int64)
-    return count, ranges(first, count)[1]

@@ -55,7 +55,7 @@ class Mixture:
             return sources, np.concatenate(documents)
         sources = sources[permute(np.arange(len(sources)), len(sources), key_of(self.seed, 0, block))]
         found = np.empty(len(sources), np.int64)
-        found[np.argsort(sources, kind="stable")] = np.concatenate(documents)
+        found[np.argsort(sources.astype(np.uint16), kind="stable")] = np.concatenate(documents)
         return sources, found
 
     def ordinal(self, source: int, document: int, epoch: int) -> int:

@@ -1,10 +1,10 @@
 """Packing a block's documents into rows of a fixed length: pure functions of their lengths."""
 
-import bisect
 from dataclasses import dataclass
 
 import numpy as np
 
+from armillary.data_pipeline import native
 from armillary.data_pipeline.shuffle import permute
 
 
@@ -48,78 +48,15 @@ def one_a_row(documents: int, seq_length: int) -> Packed:
     return Packed(document=numbers, start=nothing, stop=nothing + seq_length, row_ends=numbers + 1)
 
 
-def greedy(parts: Parts, seq_length: int, max_images: int) -> Packed:
-    """Fill rows in the order of the parts; what is cut off opens the next row, and what may not be cut, too.
+def greedy(parts: Parts, seq_length: int, max_images: int, alone: bool = False) -> Packed:
+    """Fill rows in the order of the parts, each to `seq_length` positions: with what is cut off the next row opens, and
+    with what may not be cut and has no room, too. `alone`: each document opens a row.
 
-    A row holds at most `seq_length` positions and `max_images` images; parts with images must fit in a row.
+    A row holds at most `max_images` images; ValueError where parts with images do not fit in one.
     """
-    ends, whole = np.cumsum(parts.length), parts.images > 0
-    total = int(ends[-1]) if len(ends) else 0
-    if whole.any():
-        images = np.cumsum(parts.images)
-        bounds = np.array(_bounds(ends, whole, images, seq_length, None), np.int64)
-        held = np.append(0, images)[np.searchsorted(ends, bounds, side="right")]  # a row's end cuts no images
-        if np.diff(held, prepend=0).max() > max_images:
-            bounds = np.array(_bounds(ends, whole, images, seq_length, max_images), np.int64)
-    else:
-        bounds = np.minimum(np.arange(seq_length, total + seq_length, seq_length), total)
-    last = np.searchsorted(ends, bounds, side="left")  # the part that each row ends in or with
-    inside = bounds < ends[last]
-    cut = last[inside]
-    before = np.cumsum(inside) - inside  # cuts that come before each row's end
-    part = np.repeat(np.arange(len(ends)), np.bincount(cut, minlength=len(ends)) + 1)
-    begins = ends - parts.length
-    starts = begins[part]
-    starts[cut + before[inside] + 1] = bounds[inside]
-    into = starts - (begins - parts.start)[part]
-    return Packed(
-        document=parts.document[part],
-        start=into,
-        stop=into + np.diff(starts, append=total),
-        row_ends=last + before + 1,
-    )
-
-
-def _bounds(
-    ends: np.ndarray, whole: np.ndarray, image_ends: np.ndarray, seq_length: int, max_images: int | None
-) -> list[int]:
-    """Where rows end in the stream of all parts; max_images None: a row may hold any number."""
-    part_ends, images_before, may_not_cut = ends.tolist(), image_ends.tolist(), whole.tolist()
-    total, at, crossing, bounds = part_ends[-1], 0, 0, []
-    while at < total:
-        limit = at + seq_length
-        if max_images is not None:
-            first = bisect.bisect_right(part_ends, at)  # the part that the row opens with
-            budget = (images_before[first - 1] if first else 0) + max_images
-            over = bisect.bisect_right(images_before, budget)  # the part whose images are too many
-            if over < len(part_ends):
-                limit = min(limit, part_ends[over - 1])
-        if limit < total:
-            crossing = bisect.bisect_right(part_ends, limit, crossing)
-            if may_not_cut[crossing]:
-                limit = part_ends[crossing - 1] if crossing else 0
-        else:
-            limit = total
-        at = limit
-        bounds.append(at)
-    return bounds
-
-
-def padded(packed: Packed, seq_length: int) -> Packed:
-    """The same rows, each filled to `seq_length` positions: a piece of padding behind those that are not full."""
-    row_starts = np.concatenate([[0], packed.row_ends[:-1]])[: packed.rows]
-    lengths = packed.stop - packed.start
-    room = seq_length - (np.add.reduceat(lengths, row_starts) if packed.rows else lengths)
-    short = np.flatnonzero(room)
-    if not len(short):
-        return packed
-    behind = packed.row_ends[short]
-    return Packed(
-        document=np.insert(packed.document, behind, -1),
-        start=np.insert(packed.start, behind, 0),
-        stop=np.insert(packed.stop, behind, room[short]),
-        row_ends=packed.row_ends + np.cumsum(room > 0),
-    )
+    columns = np.stack([parts.document, parts.start, parts.length, parts.images])
+    pieces, row_ends = (np.frombuffer(one, np.int64) for one in native.fill(columns, seq_length, max_images, alone))
+    return Packed(*pieces.reshape(3, -1), row_ends)
 
 
 def best_fit(parts: Parts, seq_length: int, max_images: int, key: np.uint64) -> Packed:
@@ -152,11 +89,29 @@ def best_fit(parts: Parts, seq_length: int, max_images: int, key: np.uint64) -> 
             rooms |= 1 << (room - length)
     shuffled = permute(np.arange(len(images_in)), len(images_in), key)[row_of]
     order = np.argsort(shuffled, kind="stable")
-    return Packed(
+    packed = Packed(
         document=pieces.document[order],
         start=pieces.start[order],
         stop=(pieces.start + pieces.length)[order],
         row_ends=np.searchsorted(shuffled[order], np.arange(len(images_in)), side="right"),
+    )
+    return _padded(packed, seq_length)
+
+
+def _padded(packed: Packed, seq_length: int) -> Packed:
+    """The same rows, each filled to `seq_length` positions: a piece of padding behind those that are not full."""
+    row_starts = np.concatenate([[0], packed.row_ends[:-1]])[: packed.rows]
+    lengths = packed.stop - packed.start
+    room = seq_length - (np.add.reduceat(lengths, row_starts) if packed.rows else lengths)
+    short = np.flatnonzero(room)
+    if not len(short):
+        return packed
+    behind = packed.row_ends[short]
+    return Packed(
+        document=np.insert(packed.document, behind, -1),
+        start=np.insert(packed.start, behind, 0),
+        stop=np.insert(packed.stop, behind, room[short]),
+        row_ends=packed.row_ends + np.cumsum(room > 0),
     )
 
 
@@ -185,22 +140,36 @@ def _cut_long(parts: Parts, seq_length: int) -> Parts:
 
 
 def cut_between_images(
-    length: int, image_starts: list[int], positions: int, seq_length: int, max_images: int
-) -> list[int]:
-    """Where to cut a document with images that is longer than a row: the parts' starts, from 0.
+    parts: Parts, long: np.ndarray, image_starts: np.ndarray, width: int, seq_length: int, max_images: int
+) -> Parts:
+    """The same, but parts `long` (int64 [n], ascending), each a whole document with images, cut so that each fits in a
+    row, with none of its images cut.
 
-    Each part holds at most `seq_length` positions and `max_images` images, none of them cut. An image takes
-    `positions` positions, at most a row.
+    image_starts: int64 [images of these documents], the first position of each in its document; it takes `width`.
     """
-    starts, at, seen = [0], 0, 0
-    while True:
-        limit = at + seq_length
-        if seen + max_images < len(image_starts):
-            limit = min(limit, image_starts[seen + max_images])
-        if limit >= length:
-            return starts
-        inside = bisect.bisect_left(image_starts, limit) - 1
-        if inside >= 0 and image_starts[inside] < limit < image_starts[inside] + positions:
-            limit = image_starts[inside]
-        at, seen = limit, bisect.bisect_left(image_starts, limit)
-        starts.append(at)
+    held, length = parts.images[long], parts.length[long]
+    of, before = np.repeat(np.arange(len(long)), held), np.cumsum(held) - held
+    stretches = 2 * held + 1  # text, image, text, ..., image, text; a text may be of no length
+    ends = np.cumsum(stretches)
+    image = (ends - stretches)[of] + 2 * (np.arange(len(of)) - before[of]) + 1
+    start, images = np.zeros(int(stretches.sum()), np.int64), np.zeros(int(stretches.sum()), np.int64)
+    start[image], start[image + 1], images[image] = image_starts, image_starts + width, 1
+    stop = np.append(start[1:], 0)
+    stop[ends - 1] = length
+    filled = stop > start
+    document = np.repeat(np.arange(len(long)), stretches)
+    rows = greedy(
+        Parts(document[filled], start[filled], (stop - start)[filled], images[filled]), seq_length, max_images, True
+    )
+
+    opening = np.append(0, rows.row_ends[:-1])  # a row has stretches of one document, which follow each other
+    document, start = rows.document[opening], rows.start[opening]
+    begin = np.cumsum(length) - length  # the documents' positions, one behind the other
+    at = np.append(begin[document] + start, length.sum())
+    shown = np.searchsorted(begin[of] + image_starts, at)
+    cut, counts = np.zeros(len(parts.length), bool), np.ones(len(parts.length), np.int64)
+    cut[long], counts[long] = True, np.bincount(document)
+    own = np.repeat(cut, counts)
+    found = Parts(*(np.repeat(column, counts) for column in (parts.document, parts.start, parts.length, parts.images)))
+    found.start[own], found.length[own], found.images[own] = start, np.diff(at), np.diff(shown)
+    return found

@@ -4,7 +4,7 @@ The plan is the same on every rank, and reads indexes alone.
 """
 
 import functools
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -82,10 +82,8 @@ class Planner:
             return pack.one_a_row(len(source), seq_length)
         parts = self._parts(source, entries)
         if self._config.packing == "best_fit":
-            packed = pack.best_fit(parts, seq_length, max_images, key_of(self._config.seed, 3, number))
-        else:
-            packed = pack.greedy(parts, seq_length, max_images)
-        return pack.padded(packed, seq_length)
+            return pack.best_fit(parts, seq_length, max_images, key_of(self._config.seed, 3, number))
+        return pack.greedy(parts, seq_length, max_images)
 
     def _look_up(self, source: np.ndarray, document: np.ndarray) -> Entries:
         if len(self._corpora) == 1:
@@ -101,32 +99,27 @@ class Planner:
         lengths = entries.tokens - 1 + entries.images * (self._shape.positions - 1)
         filled = np.flatnonzero(lengths > 0)
         parts = pack.Parts(filled, np.zeros(len(filled), np.int64), lengths[filled], entries.images[filled])
-        long = (parts.images > 0) & (
-            (parts.length > self._config.seq_length) | (parts.images > self._config.max_images)
+        config = self._config
+        long = np.flatnonzero(
+            (parts.images > 0) & ((parts.length > config.seq_length) | (parts.images > config.max_images))
         )
-        if not long.any():
+        if not len(long):
             return parts
-        cut = [self._cut_document(source, entries, parts, number) for number in np.flatnonzero(long).tolist()]
-        counts = np.ones(len(filled), np.int64)
-        counts[long] = [len(starts) for starts, _, _ in cut]
-        of_long = np.repeat(long, counts)
-        columns = [np.repeat(column, counts) for column in astuple(parts)]
-        for column, values in zip(columns[1:], zip(*cut, strict=True), strict=True):
-            column[of_long] = np.concatenate(values)
-        return pack.Parts(*columns)
+        starts = self._image_starts(source, entries, filled[long])
+        return pack.cut_between_images(parts, long, starts, self._shape.positions, config.seq_length, config.max_images)
 
-    def _cut_document(
-        self, source: np.ndarray, entries: Entries, parts: pack.Parts, number: int
-    ) -> tuple[list[int], list[int], list[int]]:
-        """Start, length and images of each part of a document with images."""
-        document, length = int(parts.document[number]), int(parts.length[number])
-        images, width, config = int(parts.images[number]), self._shape.positions, self._config
-        reader = self._corpora[int(source[document])].reader(int(entries.shard[document]))
-        begin = int(reader.image_offsets[reader.batch_begins[entries.batch[document]] + entries.row[document]])
-        starts = reader.image_at[begin : begin + images].astype(np.int64) + np.arange(images) * (width - 1)
-        cuts = pack.cut_between_images(length, starts.tolist(), width, config.seq_length, config.max_images)
-        held = np.diff([*np.searchsorted(starts, cuts), images])
-        return cuts, np.diff([*cuts, length]).tolist(), held.tolist()
+    def _image_starts(self, source: np.ndarray, entries: Entries, documents: np.ndarray) -> np.ndarray:
+        """The first position of each image of some documents of a block, in its document; int64."""
+        found = []
+        for document in documents.tolist():
+            reader = self._corpora[int(source[document])].reader(int(entries.shard[document]))
+            begin = int(reader.image_offsets[reader.batch_begins[entries.batch[document]] + entries.row[document]])
+            found.append(reader.image_at[begin : begin + entries.images[document]])
+            if len(found[-1]) != entries.images[document]:
+                raise reader.inconsistent()
+        counts = entries.images[documents]
+        number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        return np.concatenate(found).astype(np.int64) + number * (self._shape.positions - 1)
 
 
 def _mixture(config: DataConfig, corpora: list[Corpus | Windows], shape: ImageShape) -> Mixture:

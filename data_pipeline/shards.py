@@ -110,7 +110,7 @@ class Columns:
     image_offsets: np.ndarray  # int32 [documents + 1]
     data: np.ndarray  # uint8
     data_offsets: np.ndarray  # int32 [images + 1]
-    weights: np.ndarray  # float32 [documents]
+    weight: np.ndarray  # float32 [documents]
     names: pa.StringArray
 
     @classmethod
@@ -132,7 +132,7 @@ class Columns:
         )
 
     def __len__(self) -> int:
-        return len(self.weights)
+        return len(self.weight)
 
     def image(self, number: int) -> memoryview:
         """An image's file."""
@@ -185,9 +185,9 @@ class ShardReader:
         return self._shard.bytes
 
     def inconsistent(self) -> DataError:
-        """What is wrong where the index points outside of the file."""
+        """What is wrong where the index does not agree with the file, or with itself."""
         return DataError(
-            "a shard's index points outside of its shard", self._folder.at(self._shard.file), self._folder.remedy
+            "a shard's index does not fit its shard", self._folder.at(self._shard.file), self._folder.remedy
         )
 
     @functools.cached_property

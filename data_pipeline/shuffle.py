@@ -12,6 +12,7 @@ import numpy as np
 
 ROUNDS, ROUNDS_OF_FEW = 4, 12  # of few numbers, four rounds reach some orders several times as often as others
 FEW = 64
+AT_ONCE = 8192  # indices, so that what is made of them stays in the processor's own caches
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -52,15 +53,21 @@ def unpermute(indices: np.ndarray, size: int, key: np.uint64 | np.ndarray) -> np
 def _walk(indices: np.ndarray, size: int, network: Callable, key: np.uint64 | np.ndarray) -> np.ndarray:
     a = math.isqrt(max(size, 1) - 1) + 1
     b = -(-size // a)
+    out = np.asarray(indices).astype(np.uint64).ravel()
     with np.errstate(over="ignore"):
         round_keys = [mix(key + np.uint64(r + 1) * _GOLDEN) for r in range(ROUNDS if size > FEW else ROUNDS_OF_FEW)]
-        out = network(np.asarray(indices).astype(np.uint64).ravel(), a, b, round_keys)
+        for begin in range(0, len(out), AT_ONCE):
+            part = slice(begin, begin + AT_ONCE)
+            out[part] = network(out[part], a, b, _of(round_keys, part))
         walking = np.flatnonzero(out >= np.uint64(size))
         while walking.size:
-            own_keys = [k[walking] if np.ndim(k) else k for k in round_keys]
-            out[walking] = network(out[walking], a, b, own_keys)
+            out[walking] = network(out[walking], a, b, _of(round_keys, walking))
             walking = walking[out[walking] >= np.uint64(size)]
     return out.astype(np.int64).reshape(np.shape(indices))
+
+
+def _of(keys: list, which: slice | np.ndarray) -> list:
+    return [key[which] if np.ndim(key) else key for key in keys]
 
 
 def _forward(x: np.ndarray, a: int, b: int, round_keys: list[np.uint64]) -> np.ndarray:

@@ -50,5 +50,5 @@ def decoded(columns: Columns, row: int) -> Encoded:
         spans=[(int(columns.span_ends[i]), Role(columns.span_roles[i])) for i in spans],
         images=[(int(columns.image_at[i]), columns.image(i).tobytes()) for i in images],
         name=columns.names[row].as_py(),
-        weight=float(columns.weights[row]),
+        weight=float(columns.weight[row]),
     )

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from armillary.data_pipeline.batch import Pieces, address_of, assemble, documents_of, joined, pieces_of
+from armillary.data_pipeline.batch import Pieces, assemble, documents_of, joined, pieces_of
 from armillary.data_pipeline.document import Encoded, Role
-from armillary.data_pipeline.gather import gather
 from armillary.data_pipeline.images import ImageShape
-from armillary.data_pipeline.layout import Laid, lay_out, plain
+from armillary.data_pipeline.layout import Blank, address_of, lay_out, table_of
+from armillary.data_pipeline.native import gather
 from armillary.data_pipeline.shards import Columns, schema_of
 from armillary.data_pipeline.write import record_batch
 from tests.data_pipeline.plain import batch_of, decoded
@@ -57,14 +57,8 @@ def test_any_pieces_of_any_documents_are_laid_out_as_they_are_one_by_one(documen
     padding = seq_length - int((stop - start).sum())
     if padding:
         number, start, stop = np.append(number, -1), np.append(start, 0), np.append(stop, padding)
-    described = [bool(d.images or d.spans) or d.weight != 1 for d in documents]
-    laid = np.array([place for place, (document, _, _) in enumerate(chosen) if described[document]], np.int64)
-    tokens = address_of(columns.tokens) + 2 * (columns.offsets[number] + start)
-    layout = lay_out(
-        plain(stop - start, np.where(number < 0, nothing(seq_length), tokens), (number >= 0).astype(np.float32)),
-        documents_of(columns), Laid(laid, number[laid], start[laid], stop[laid]),
-        shape.positions, 2, nothing(shape.positions, IMAGE),
-    )  # fmt: skip
+    blank = Blank(nothing(seq_length), nothing(shape.positions, IMAGE), shape.positions, 2)
+    layout = lay_out(documents_of(columns), [table_of(columns)], np.stack([number, start, stop]), blank)
 
     def part(first: int, last: int) -> Pieces:
         return pieces_of(layout, first, last, number[first:last].astype(np.int32), [], [columns])

@@ -184,8 +184,8 @@ def test_damaged_text_is_not_trained_on(tables, shards, tmp_path, packing):
         loader.batch(loader.plan.rows(Cursor(), 2000)[0])
 
 
-@pytest.mark.parametrize("tokens_at", ["far", "negative", "a token too far", "compressed"])
-def test_an_index_that_points_outside_of_its_shard_is_not_followed(tables, shards, tmp_path, tokens_at):
+@pytest.mark.parametrize("tokens_at", ["far", "negative", "a token too far", "compressed", "no such role"])
+def test_an_index_that_does_not_fit_its_shard_is_not_followed(tables, shards, tmp_path, tokens_at):
     copy = tmp_path / "shards"
     if tokens_at == "compressed":
         data = tables["data"] | {"path": str(copy), "sources": [{"kind": "pydoc"}], "compression": "zstd"}
@@ -196,10 +196,15 @@ def test_an_index_that_points_outside_of_its_shard_is_not_followed(tables, shard
     (shard,) = manifest.sources["pydoc"]
     index = pa.ipc.open_file((copy / shard.index_file).read_bytes()).read_all()
     beyond = shard.bytes - 2 * shard.batch_tokens[-1] + 2
-    at = {"far": 1 << 40, "negative": -64, "a token too far": beyond, "compressed": 0}[tokens_at]
+    at = {"far": 1 << 40, "negative": -64, "a token too far": beyond}.get(tokens_at, 0)
     if tokens_at == "compressed":
         first = pa.array(index["first"].to_numpy() + (1 << 20), pa.uint32())
         index = index.set_column(index.column_names.index("first"), index.schema.field("first"), first)
+    if tokens_at == "no such role":
+        column = index.schema.get_field_index("spans")
+        spans = pa.array([[{"end": 5, "role": 9}]] * len(index), index.schema.field(column).type)
+        index = index.set_column(column, index.schema.field(column), spans)
+        index = index.replace_schema_metadata(index.schema.metadata | {b"mixed": b"true"})
     batches = [batch | {"tokens_at": at} for batch in json.loads(index.schema.metadata[b"batches"])]
     index = index.replace_schema_metadata(index.schema.metadata | {b"batches": json.dumps(batches)})
     with pa.ipc.new_file(str(copy / shard.index_file), index.schema) as writer:
@@ -208,7 +213,7 @@ def test_an_index_that_points_outside_of_its_shard_is_not_followed(tables, shard
     shard = shard.model_copy(update={"index_bytes": len(content), "index_xxh3": xxhash.xxh3_64_hexdigest(content)})
     write_manifest(copy, manifest.model_copy(update={"sources": manifest.sources | {"pydoc": (shard,)}}).sealed())
     loader = loader_of(tables, path=str(copy), sources=[{"kind": "pydoc"}])
-    with pytest.raises(DataError, match="points outside of its shard"):
+    with pytest.raises(DataError, match="does not fit its shard"):
         loader.batch(loader.plan.rows(Cursor(), 8)[0])
 
 

@@ -20,10 +20,15 @@ def parts(draw, texts_only=False):
     return Parts(np.arange(len(drawn)), draw(st.integers(0, 5)) * np.ones(len(drawn), np.int64), lengths, images)
 
 
-def rows_of(packed):
-    """Each row's pieces, as (document, start, stop)."""
+def rows_of(packed, seq_length=SEQ_LENGTH):
+    """Each row's pieces, as (document, start, stop), without the padding behind them."""
     pieces = list(zip(packed.document.tolist(), packed.start.tolist(), packed.stop.tolist(), strict=True))
-    return [pieces[low:high] for low, high in itertools.pairwise([0, *packed.row_ends.tolist()])]
+    rows = [pieces[low:high] for low, high in itertools.pairwise([0, *packed.row_ends.tolist()])]
+    for row in rows:
+        assert sum(stop - start for _, start, stop in row) == seq_length
+        if row[-1][0] == -1:
+            assert row.pop()[1] == 0
+    return rows
 
 
 def assert_packed(parts, packed):
@@ -31,7 +36,7 @@ def assert_packed(parts, packed):
     rows = rows_of(packed)
     spans: dict[int, list] = {}
     for row in rows:
-        assert 0 < sum(stop - start for _, start, stop in row) <= SEQ_LENGTH
+        assert row
         assert sum(parts.images[document] for document, _, _ in row) <= MAX_IMAGES
         for document, start, stop in row:
             spans.setdefault(document, []).append((start, stop))
@@ -81,26 +86,51 @@ def test_best_fit_leaves_little_room():
     packed = best_fit(drawn, 2048, 1, np.uint64(1))
     assert packed.positions == lengths.sum()
     assert packed.positions / (packed.rows * 2048) > 0.98
-    per_row = [np.mean([stop - start for _, start, stop in row]) for row in rows_of(packed)]
+    per_row = [np.mean([stop - start for _, start, stop in row]) for row in rows_of(packed, 2048)]
     assert abs(np.corrcoef(np.arange(len(per_row)), per_row)[0, 1]) < 0.1, "rows of long documents come first"
 
 
-@given(st.data())
-def test_a_long_document_is_cut_between_its_images(data):
-    width = data.draw(st.integers(1, 8))
-    gaps = data.draw(st.lists(st.integers(0, 40), min_size=1, max_size=12))
-    starts = [sum(gaps[: i + 1]) + i * width for i in range(len(gaps))]
-    length = starts[-1] + width + data.draw(st.integers(0, 40))
-    cuts = cut_between_images(length, starts, width, SEQ_LENGTH, MAX_IMAGES)
-    assert cuts[0] == 0
-    for low, high in itertools.pairwise([*cuts, length]):
-        assert 0 < high - low <= SEQ_LENGTH
-        assert sum(low <= start < high for start in starts) <= MAX_IMAGES
-        assert not any(start < high < start + width for start in starts)
+@given(
+    st.integers(1, 8), st.lists(st.tuples(st.lists(st.integers(0, 40), max_size=12), st.integers(1, 40)), max_size=9)
+)
+def test_long_documents_are_cut_between_their_images(width, drawn):
+    """As early as a row or its images are full, and the other documents stay whole."""
+    documents = []  # where the images of each begin, and its length
+    for gaps, rest in drawn:
+        starts = [sum(gaps[: i + 1]) + i * width for i in range(len(gaps))]
+        documents.append((starts, starts[-1] + width + rest if starts else rest))
+    columns = [(7 * n, 0, length, len(starts)) for n, (starts, length) in enumerate(documents)]
+    parts = Parts(*np.array(columns, np.int64).reshape(-1, 4).T)
+    long = np.flatnonzero((parts.images > 0) & ((parts.length > SEQ_LENGTH) | (parts.images > MAX_IMAGES)))
+    image_starts = np.array([start for n in long for start in documents[n][0]], np.int64)
+    found = cut_between_images(parts, long, image_starts, width, SEQ_LENGTH, MAX_IMAGES) if len(long) else parts
+    pieces = list(zip(*(c.tolist() for c in (found.document, found.start, found.length, found.images)), strict=True))
+    assert sorted({document for document, *_ in pieces}) == [7 * n for n in range(len(documents))]
+    for n, (starts, length) in enumerate(documents):
+        mine = [piece for piece in pieces if piece[0] == 7 * n]
+        if n not in long:
+            assert mine == [columns[n]]
+            continue
+        ends = [start for _, start, *_ in mine[1:]] + [length]
+        assert mine[0][1] == 0
+        for (_, low, size, images), high in zip(mine, ends, strict=True):
+            assert 0 < size == high - low <= SEQ_LENGTH
+            assert images == sum(low <= start < high for start in starts) <= MAX_IMAGES
+            assert not any(start < high < start + width for start in starts)
+            further = starts.index(high) if high in starts else None  # the image that the next part opens with
+            if high < length and size < SEQ_LENGTH:
+                assert further is not None
+                assert images == MAX_IMAGES or size + width > SEQ_LENGTH, "there was room for the image"
 
 
-@pytest.mark.parametrize("count", [0, 1])
-def test_no_documents_make_no_rows(count):
+@pytest.mark.parametrize(("length", "images"), [(SEQ_LENGTH + 1, 1), (SEQ_LENGTH, MAX_IMAGES + 1), (0, 0), (5, -1)])
+def test_what_fits_in_no_row_is_refused(length, images):
+    one = [np.array([value], np.int64) for value in (0, 0, length, images)]
+    with pytest.raises(ValueError, match="does not fit in a row"):
+        greedy(Parts(*one), SEQ_LENGTH, MAX_IMAGES)
+
+
+def test_no_documents_make_no_rows():
     nothing = np.zeros(0, np.int64)
     packed = greedy(Parts(nothing, nothing, nothing, nothing), SEQ_LENGTH, MAX_IMAGES)
     assert packed.rows == packed.positions == 0

@@ -2,13 +2,9 @@
 
    Stretch i is count[i] tokens of `width` bytes from address[i] on; both are int64 [n]. `out` takes them all, and
    behind[i] the token that stands behind stretch i. ValueError where the sizes do not fit; the addresses are believed.
-   Other threads run meanwhile. A call for each stretch from Python would take longer than its copy. */
+   Other threads run meanwhile. */
 
-#define PY_SSIZE_T_CLEAN
-#define Py_LIMITED_API 0x030b0000
-#include <Python.h>
-#include <stdint.h>
-#include <string.h>
+#include "native.h"
 
 enum { PAGE = 4096, AHEAD = 2 };
 
@@ -47,7 +43,7 @@ static void copy(const int64_t *address, const int64_t *count, Py_ssize_t n, int
     }
 }
 
-static PyObject *gather(PyObject *self, PyObject *args)
+PyObject *gather(PyObject *module, PyObject *args)
 {
     Py_buffer address, count, out, behind;
     int width, right;
@@ -66,12 +62,4 @@ static PyObject *gather(PyObject *self, PyObject *args)
     if (!right)
         return NULL;
     Py_RETURN_NONE;
-}
-
-static PyMethodDef methods[] = {{"gather", gather, METH_VARARGS, "Copy stretches of memory one behind the other."}, {0}};
-static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "gather", NULL, 0, methods};
-
-PyMODINIT_FUNC PyInit_gather(void)
-{
-    return PyModuleDef_Init(&module);
 }
