@@ -77,6 +77,8 @@ class Locator:
     def _images(self, block: Block, located: _Located, first: int, last: int) -> list[Image]:
         layout, found = located.layout, []
         begin, end = int(layout.image_ends[first - 1]) if first else 0, int(layout.image_ends[last - 1])
+        if begin == end:
+            return found
         pieces = np.searchsorted(layout.image_ends, np.arange(begin, end), side="right")
         for piece, place, number in zip(
             pieces.tolist(),
