@@ -55,13 +55,15 @@ def main() -> None:
         key: {one: statistics.median(f[one] for f in figures) for one in ("rate", "first")}
         for key, figures in found.items()
     }
+    turns = measure("turns", args.folder)  # the ratios that count: what disturbs one side disturbs the other
     alone = measure("alone", args.folder)
     out = args.out or (RESULTS if tuple(args.only) == WHAT else None)
     if out is not None:
-        out.write_text(json.dumps({"medians": medians, "alone": alone, "rounds": found}, indent=1) + "\n")
+        everything = {"medians": medians, "turns": turns, "alone": alone, "rounds": found}
+        out.write_text(json.dumps(everything, indent=1) + "\n")
         plot(medians, out.with_suffix(".png"))
     show(medians)
-    print(json.dumps(alone, indent=1))
+    print(json.dumps({"text by turns in one process": turns, "alone": alone}, indent=1))
 
 
 def contenders(what: str) -> list[str]:
