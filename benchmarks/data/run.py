@@ -18,15 +18,20 @@ from rich.table import Table
 from benchmarks.data.peers import PEERS
 
 WHAT = ("text", "packed", "among", "captions", "written", "images", "decoded", "decoded2", "workers")
-SHARE = ("litdata", "streaming", "streaming, predownload 65536", "webdataset", "datasets")  # PyTorch's workers
+SHARE = ("litdata", "webdataset", "datasets")  # into PyTorch's workers; streaming's wait for each other, and never end
 RESULTS = Path("docs/results/data-bench.json")
+PATIENCE = 300
 LIMITS = dict.fromkeys(WHAT[:5], "gather") | {"decoded": "decoder", "decoded2": "decoder"}
 
 
 def measure(module: str, *words: object) -> dict | None:
     """The figures that a module prints, in a process of its own; None, with its last line said, where it failed."""
     command = [sys.executable, "-m", f"benchmarks.data.{module}", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
+    except subprocess.TimeoutExpired:  # a peer's workers wait for each other, now and then
+        print(f"{' '.join(command[2:])}: nothing after {PATIENCE} seconds", file=sys.stderr)
+        return None
     if done.returncode:
         print(f"{' '.join(command[2:])}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
         return None
