@@ -24,6 +24,8 @@ class Armillary:
     """Shards written by the builder's own writer, read by the trainer's own loader."""
 
     def prepare_text(self, folder: Path) -> None:
+        if (folder / "armillary" / MANIFEST).exists():
+            return
         tokens = np.fromfile(corpora.text(folder), np.uint16)
         parts = [part.tolist() for part in np.split(tokens, np.cumsum(corpora.lengths())[:-1])]
         texts = (Encoded(tokens=part) for part in parts)
@@ -109,8 +111,6 @@ def _interleaved(folder: Path, texts: list[list[int]]) -> Iterator[Encoded]:
 
 
 def _write(folder: Path, sources: dict) -> None:
-    if (folder / MANIFEST).exists():
-        return
     folder.mkdir(parents=True)
     tokenizer = Tokenizer.train(itertools.repeat("some text", 10), corpora.VOCABULARY)
     schema, text = schema_of(corpora.VOCABULARY), tokenizer.to_json()
