@@ -64,15 +64,6 @@ class PackedBatch:
         return np.repeat(self.piece_sources, np.diff(self.cu_seqlens))
 
 
-@dataclass(frozen=True)
-class Image:
-    """An image of a batch: its first position, its file, and what names its random variation (None: as it is)."""
-
-    place: int
-    data: memoryview
-    variation: int | None = None
-
-
 class Pieces(NamedTuple):
     """What a batch is made of, one piece behind the other: stretches of tokens in memory, and runs of labels of one
     weight. Behind a piece's last stretch stands the label of its last position. Padding is a piece of source -1."""
@@ -85,7 +76,8 @@ class Pieces(NamedTuple):
     mask_bounds: np.ndarray  # int64 [runs + 1]: positions up to each run
     mask_value: np.ndarray  # float32 [runs]
     image_place: np.ndarray  # int64 [images]: the first position of each
-    images: list[Image]  # none for a rank that never sees them
+    images: list[memoryview]  # their files; none for a rank that never sees them
+    variations: np.ndarray  # uint64 [images]: names the random variation of each; 0: it is as it is
     held: list  # the owners of that memory: while these are here, it is
 
 
@@ -101,9 +93,9 @@ def joined(parts: list[Pieces]) -> Pieces:
         found["last"].append(stretches + (np.arange(len(part.count)) if part.last is None else part.last))
         found["mask_bounds"].append(at + part.mask_bounds[1:])
         found["image_place"].append(at + part.image_place)
-        found["images"] += [Image(at + one.place, one.data, one.variation) for one in part.images]
+        found["images"] += part.images
         found["held"] += part.held
-        for name in ("source", "address", "count", "mask_value"):
+        for name in ("source", "address", "count", "mask_value", "variations"):
             found[name].append(getattr(part, name))
         at += int(part.bounds[-1])
         stretches += len(part.count)
@@ -125,7 +117,7 @@ def assemble(
         mask_values=pieces.mask_value,
         cu_seqlens=pieces.bounds.astype(np.int32),
         piece_sources=pieces.source,
-        patches_IND=_patches(pieces.images, shape, each),
+        patches_IND=_patches(pieces, shape, each),
         image_starts_I=pieces.image_place,
     )
 
@@ -163,8 +155,9 @@ def whole_documents(columns: Columns, seq_length: int, shape: ImageShape, image_
         Blank(address_of(padding), address_of(image), shape.positions, dtype.itemsize),
     )
     source = np.where(of < 0, -1, 0).astype(np.int32)
-    images = [Image(place, columns.image(number)) for number, place in enumerate(layout.image_place.tolist())]
-    return pieces_of(layout, 0, len(of), source, images, [columns, padding, image])
+    images = [columns.image(number) for number in range(len(layout.image_place))]
+    unvaried = np.zeros(len(images), np.uint64)
+    return pieces_of(layout, 0, len(of), source, images, unvaried, [columns, padding, image])
 
 
 def documents_of(columns: Columns) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -174,8 +167,16 @@ def documents_of(columns: Columns) -> tuple[np.ndarray, np.ndarray, np.ndarray, 
     return address, np.diff(columns.offsets).astype(np.int64), np.zeros_like(rows), rows
 
 
-def pieces_of(layout: Layout, first: int, last: int, source: np.ndarray, images: list[Image], held: list) -> Pieces:
-    """Pieces [first, last) of a layout; `source` is of these, `images` too."""
+def pieces_of(
+    layout: Layout,
+    first: int,
+    last: int,
+    source: np.ndarray,
+    images: list[memoryview],
+    variations: np.ndarray,
+    held: list,
+) -> Pieces:
+    """Pieces [first, last) of a layout; what else is given is of these."""
     at, before, count = layout.bounds[first], first - 1, last - first
     stretch, run, image = (
         (int(ends[before]) if first else 0, int(ends[last - 1]))
@@ -196,6 +197,7 @@ def pieces_of(layout: Layout, first: int, last: int, source: np.ndarray, images:
         mask_value=layout.mask_value[run[0] : run[1]],
         image_place=layout.image_place[image[0] : image[1]] - at if image[0] < image[1] else _NONE,
         images=images,
+        variations=variations,
         held=held,
     )
 
@@ -205,13 +207,13 @@ def _no_patches(shape: ImageShape) -> np.ndarray:
     return np.empty((0, shape.patches, shape.patch_dim), np.uint8)
 
 
-def _patches(images: list[Image], shape: ImageShape, each: Callable[[Callable, Iterable], Iterable]) -> np.ndarray:
-    if not images:
+def _patches(pieces: Pieces, shape: ImageShape, each: Callable[[Callable, Iterable], Iterable]) -> np.ndarray:
+    if not pieces.images:
         return _no_patches(shape)
-    patches = np.empty((len(images), shape.patches, shape.patch_dim), np.uint8)
+    patches = np.empty((len(pieces.images), shape.patches, shape.patch_dim), np.uint8)
 
     def fill(number: int) -> None:
-        patches[number] = patchify(images[number].data, shape, images[number].variation)
+        patches[number] = patchify(pieces.images[number], shape, int(pieces.variations[number]) or None)
 
-    collections.deque(each(fill, range(len(images))), maxlen=0)
+    collections.deque(each(fill, range(len(patches))), maxlen=0)
     return patches

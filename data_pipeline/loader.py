@@ -72,7 +72,7 @@ class Loader:
         if self._remote:
             self._check_cache()
         self._pool = ThreadPoolExecutor(threads, "decode") if threads > 1 else None
-        self._locator = Locator(config, self.corpora, shape, self._dtype, self.tokenizer.image)
+        self.locator = Locator(config, self.corpora, shape, self._dtype, self.tokenizer.image)
 
     def _corpus(self, folder: Folder, manifest: Manifest, source: str) -> Corpus | Windows:
         corpus = Corpus(folder, manifest, source, self.tokenizer, OPEN_FETCHED if self._remote else OPEN)
@@ -85,7 +85,7 @@ class Loader:
         the pieces' bounds: then no shard is read."""
         if not with_tokens:
             return self._bounds(rows)
-        pieces = joined([self._locator.pieces(part, with_images) for part in rows])
+        pieces = joined([self.locator.pieces(part, with_images) for part in rows])
         return assemble(pieces, self._dtype, self._shape, self._pool.map if self._pool else map)
 
     def steps(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from armillary.data_pipeline.batch import Image, Pieces, pieces_of
+from armillary.data_pipeline.batch import Pieces, pieces_of
 from armillary.data_pipeline.config import DataConfig
 from armillary.data_pipeline.corpus import Corpus
 from armillary.data_pipeline.images import ImageShape
@@ -15,6 +15,8 @@ from armillary.data_pipeline.plan import Block, Rows
 from armillary.data_pipeline.shards import ShardReader
 from armillary.data_pipeline.shuffle import key_of, mix
 from armillary.data_pipeline.windows import Windows
+
+_NOTHING = np.empty(0, np.uint64)
 
 
 @dataclass(frozen=True)
@@ -68,32 +70,31 @@ class Locator:
         first, last = rows.pieces
         block, located = rows.block, self._located(rows.block)
         located.check(block.packed.document[first:last])
-        images = self._images(block, located, first, last) if with_images else []
+        images, variations = self._images(block, located, first, last) if with_images else ([], _NOTHING)
         held = [located.readers, self._padding, self._image]
-        pieces = pieces_of(located.layout, first, last, located.source[first:last], images, held)
+        pieces = pieces_of(located.layout, first, last, located.source[first:last], images, variations, held)
         low, high = bisect.bisect_left(located.compressed, first), bisect.bisect_left(located.compressed, last)
         return self._unpacked(pieces, block, located, located.compressed[low:high], first) if low < high else pieces
 
-    def _images(self, block: Block, located: _Located, first: int, last: int) -> list[Image]:
-        layout, found = located.layout, []
-        begin, end = int(layout.image_ends[first - 1]) if first else 0, int(layout.image_ends[last - 1])
+    def _images(self, block: Block, located: _Located, first: int, last: int) -> tuple[list[memoryview], np.ndarray]:
+        """The files of the images of pieces [first, last), and the names of their variations."""
+        ends = located.layout.image_ends
+        begin, end = int(ends[first - 1]) if first else 0, int(ends[last - 1])
         if begin == end:
-            return found
-        pieces = np.searchsorted(layout.image_ends, np.arange(begin, end), side="right")
-        for piece, place, number in zip(
-            pieces.tolist(),
-            layout.image_place[begin:end].tolist(),
-            layout.image_number[begin:end].tolist(),
-            strict=True,
-        ):
-            document = int(block.packed.document[piece])
-            source, shard, batch = block.batch_of(document)
-            columns = self._corpora[source].columns(shard, batch)
-            name = int(located.variation[piece]) if located.variation is not None else 0
-            variation = int(key_of(name, number)) if name else None
-            data = columns.image(int(columns.image_offsets[block.entries.row[document]]) + number)
-            found.append(Image(place - int(layout.bounds[first]), data, variation))
-        return found
+            return [], _NOTHING
+        pieces = np.searchsorted(ends, np.arange(begin, end), side="right")
+        documents, number = block.packed.document[pieces], located.layout.image_number[begin:end]
+        columns = (documents, number, located.batch[documents], block.entries.row[documents])
+        found, files = [], {}
+        for document, nth, batch, row in zip(*(column.tolist() for column in columns), strict=True):
+            if batch not in files:
+                source, *where = block.batch_of(document)
+                files[batch] = self._corpora[source].columns(*where).files
+            data, bounds, before = files[batch]
+            at = before[row] + nth
+            found.append(data[bounds[at] : bounds[at + 1]])
+        names = located.variation[pieces] if located.variation is not None else np.zeros(len(found), np.uint64)
+        return found, np.where(names > 0, key_of(names, number), np.uint64(0)) if names.any() else names
 
     def _unpacked(self, pieces: Pieces, block: Block, located: _Located, compressed: list[int], first: int) -> Pieces:
         """The same, where the tokens of compressed batches are, now that they are unpacked."""

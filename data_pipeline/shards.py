@@ -136,12 +136,13 @@ class Columns:
 
     def image(self, number: int) -> memoryview:
         """An image's file."""
-        data, offsets = self._files
-        return data[offsets[number] : offsets[number + 1]]
+        data, ends, _ = self.files
+        return data[ends[number] : ends[number + 1]]
 
     @functools.cached_property
-    def _files(self) -> tuple[memoryview, list[int]]:
-        return memoryview(self.data), self.data_offsets.tolist()
+    def files(self) -> tuple[memoryview, list[int], list[int]]:
+        """The images' files one behind the other, where each ends, from 0 on, and the images before each document."""
+        return memoryview(self.data), self.data_offsets.tolist(), self.image_offsets.tolist()
 
 
 class ShardReader:

@@ -68,9 +68,8 @@ class Armillary:
 
     def images(self, folder: Path) -> Iterator[memoryview]:
         made = loader(folder / "armillary", "greedy", "images")
-        for rows in _rows(made):
-            for piece in made.documents(rows):
-                yield piece.columns.image(piece.columns.image_offsets[piece.place])
+        for part in itertools.chain.from_iterable(_rows(made)):
+            yield from made.locator.pieces(part, with_images=True).images
 
 
 def loader(path: Path, packing: str, *names: str) -> Loader:

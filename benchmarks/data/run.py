@@ -68,7 +68,7 @@ def main() -> None:
         out.write_text(json.dumps(everything, indent=1) + "\n")
         plot(medians, out.with_suffix(".png"))
     show(medians)
-    print(json.dumps({"text by turns in one process": turns, "alone": alone}, indent=1))
+    print(json.dumps({"by turns in one process": turns, "alone": alone}, indent=1))
 
 
 def contenders(what: str) -> list[str]:

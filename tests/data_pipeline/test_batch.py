@@ -61,7 +61,9 @@ def test_any_pieces_of_any_documents_are_laid_out_as_they_are_one_by_one(documen
     layout = lay_out(documents_of(columns), [table_of(columns)], np.stack([number, start, stop]), blank)
 
     def part(first: int, last: int) -> Pieces:
-        return pieces_of(layout, first, last, number[first:last].astype(np.int32), [], [columns])
+        return pieces_of(
+            layout, first, last, number[first:last].astype(np.int32), [], np.empty(0, np.uint64), [columns]
+        )
 
     def same(pieces: Pieces, first: int, last: int) -> None:
         batch, at = assemble(pieces, columns.tokens.dtype, shape), 0
