@@ -1,5 +1,6 @@
 """Looking at shards: what they hold in figures, a few documents, and a sheet of pictures with their captions."""
 
+import textwrap
 from collections.abc import Iterator
 
 import numpy as np
@@ -53,8 +54,9 @@ def samples(folder: Folder, manifest: Manifest, source: str, count: int, seed: i
 
 
 def contact_sheet(documents: list[dict]) -> Image.Image | None:
-    """The pictures of `samples` side by side, each with the beginning of its text; None where there are none."""
-    pictures = [(image, document["text"]) for document in documents for image in document["images"]]
+    """The pictures of `samples` side by side, each with its document's number and the beginning of its text; None where
+    there are none."""
+    pictures = [(image, f"#{document['number']} {document['text']}") for document in documents for image in document["images"]]
     if not pictures:
         return None
     rows = -(-len(pictures) // COLUMNS)
@@ -65,8 +67,8 @@ def contact_sheet(documents: list[dict]) -> Image.Image | None:
         picture = Image.fromarray(decode(data, TILE))
         picture.thumbnail((TILE - 8, TILE - 8))
         sheet.paste(picture, (left + (TILE - picture.width) // 2, top + (TILE - picture.height) // 2))
-        for line, start in enumerate(range(0, min(len(text), 78), 26)):
-            draw.text((left + 4, top + TILE + 14 * line), text[start : start + 26], fill="black")
+        for line, words in enumerate(textwrap.wrap(text, 26, max_lines=3, placeholder=" ...")):
+            draw.text((left + 4, top + TILE + 14 * line), words, fill="black")
     return sheet
 
 
