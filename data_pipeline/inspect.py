@@ -56,7 +56,7 @@ def samples(folder: Folder, manifest: Manifest, source: str, count: int, seed: i
 def contact_sheet(documents: list[dict]) -> Image.Image | None:
     """The pictures of `samples` side by side, each with its document's number and the beginning of its text; None where
     there are none."""
-    pictures = [(image, f"#{document['number']} {document['text']}") for document in documents for image in document["images"]]
+    pictures = [(image, f"#{one['number']} {one['text']}") for one in documents for image in one["images"]]
     if not pictures:
         return None
     rows = -(-len(pictures) // COLUMNS)
