@@ -166,10 +166,10 @@ def _launch(
     bundles = _place(ranks, job, gpus, folder, stop)
     try:
         places = _get([worker.where.remote() for worker in ranks.workers], job.cluster.start_timeout, stop)
-        run.event("placed", ranks=places)
         ranks.nodes = [place["address"] for place in places]
         address = ranks.nodes[0]
         (port,) = _get([ranks.workers[0].free_port.remote(address)], job.cluster.start_timeout, stop)
+        run.event("placed", ranks=places)  # from now on a rank that dies is named
     except ray.exceptions.RayError as error:
         raise RunError(
             f"a rank's process did not start: {_first_line(error)}", folder / "logs", "see the logs there"
