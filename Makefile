@@ -1,16 +1,18 @@
 # Each target sets up all it needs: a virtual environment in .venv with the pinned packages.
 PYTHON ?= python3.11
+GPU_PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help install demo test lint long bench-data clean
+.PHONY: help install demo test lint long bench-data gpu clean
 
 help:
 	@echo "make demo      train a small image+text model, stop, resume on another layout, evaluate (ARGS=--json)"
 	@echo "make test      the linter and every test, six to ten minutes on two cores"
 	@echo "make long      the longer easy-vqa run, about 40 minutes on two cores"
 	@echo "make bench-data  the data pipeline beside its peers, about twenty-five minutes"
+	@echo "make gpu       the kernels beside their peers, on a machine with a GPU"
 	@echo "make lint      ruff"
 	@echo "make clean     remove the virtual environment and what builds and tests left"
 
@@ -27,8 +29,10 @@ $(READY): constraints.txt pyproject.toml setup.py $(wildcard data_pipeline/nativ
 demo: $(READY)
 	@$(BIN)/python examples/demo.py $(ARGS)
 
+# Triton decides when it is imported whether kernels are interpreted: these tests have a process of their own.
 test: $(READY) lint
 	$(BIN)/python -m pytest $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/interpreted
 
 long: $(READY)
 	$(BIN)/armillary train examples/easy_vqa_long.toml $(ARGS)
@@ -43,6 +47,10 @@ $(BENCH)/.ready: benchmarks/constraints.txt pyproject.toml setup.py $(wildcard d
 
 bench-data: $(BENCH)/.ready
 	$(BENCH)/bin/python -m benchmarks.data.run $(ARGS)
+
+# Whatever Python has PyTorch for the GPU: the virtual environment's own is for CPU.
+gpu:
+	$(GPU_PYTHON) -m benchmarks.kernels.gpu $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

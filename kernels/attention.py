@@ -1,29 +1,62 @@
-"""Attention: dense, over packed documents of any lengths, and one new token against a cache."""
+"""Attention over packed documents, and over images of one size: FlashAttention-2 on a GPU, SDPA elsewhere."""
 
+import functools
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+import triton
+
+from armillary.kernels import attention_kernels as kernels
+from armillary.kernels.arguments import require, require_like
+from armillary.kernels.choose import runs_triton
+
+DELTA = 64  # positions of a program that multiplies outputs with their gradients
 
 
-@dataclass(frozen=True)
 class Packing:
-    """Documents that lie one behind another on T positions, grouped by length for batched attention.
+    """Documents that lie one behind another on T positions. Computed once a batch, used by every layer.
 
-    Documents whose lengths round up to the same power of two share a group, padded to the longest of them,
-    so short documents never pay for a long one. Computed once a batch, used by every layer.
+    ValueError unless cu_seqlens (whole numbers [documents + 1]) rise from 0 to `positions`: looked at where they are on
+    CPU, since a GPU would have to be waited for.
     """
 
-    groups: tuple[tuple[torch.Tensor, int, int], ...]  # (flat positions int64 [n * longest], n, longest)
-    slots: torch.Tensor  # int64 [T]: where each position's output is among all groups' outputs
+    def __init__(self, cu_seqlens: torch.Tensor, positions: int):
+        name = ("attention", "cu_seqlens")
+        require(cu_seqlens.dtype in (torch.int32, torch.int64) and cu_seqlens.dim() == 1, *name, "of whole numbers [n]")
+        if cu_seqlens.device.type == "cpu":
+            bounds = cu_seqlens.tolist()
+            require(bounds[:1] == [0] and bounds == sorted(bounds), *name, "rising from 0")
+            require(bounds[-1] == positions, *name, f"up to {positions}, not {bounds[-1]}")
+        self.cu_seqlens = cu_seqlens
+        self.positions = positions
+        self.blocks, self.groups = functools.cache(self._blocks), functools.cache(self._groups)
 
-    @classmethod
-    def of(cls, cu_seqlens: torch.Tensor) -> "Packing":
-        """cu_seqlens: int [documents + 1], from 0 to T. The groups live on its device."""
-        bounds = cu_seqlens.cpu().long()
+    def _blocks(self, size: int) -> torch.Tensor:
+        """Blocks of `size` positions, those that begin latest first, since causal ones have the most to do: int32
+        [blocks, 3], document's start, its length, block's first position in it. Unused ones have a length of 0."""
+        bounds = self.cu_seqlens.long()
         starts, lengths = bounds[:-1], bounds.diff()
-        rank = torch.ceil(torch.log2(lengths.clamp(min=1).double()))
-        groups, slots, base = [], torch.empty(int(bounds[-1]), dtype=torch.long), 0
+        counts = (lengths + size - 1) // size
+        ends = counts.cumsum(0)
+        number = torch.arange(self.positions // size + len(lengths), device=bounds.device)
+        document = torch.searchsorted(ends, number, right=True)
+        used = document < len(lengths)
+        document = document.clamp(max=len(lengths) - 1)
+        first = (number - (ends - counts)[document]) * size
+        table = torch.stack([starts[document], lengths[document] * used, first * used], 1)
+        return table[torch.argsort(table[:, 2], descending=True, stable=True)].int()
+
+    def _groups(self, causal: bool) -> tuple[tuple[tuple[torch.Tensor, int, int], ...], torch.Tensor]:
+        """Documents of one length or, if `causal`, of lengths that round up to the same power of two, padded to the
+        longest of them, so that short ones never pay for a long one: (positions int64 [n * longest], n, longest) of
+        each group; and, int64 [T], where each position's output is among all groups' outputs."""
+        bounds, device = self.cu_seqlens.cpu().long(), self.cu_seqlens.device
+        bounds = bounds.unique()  # without empty documents
+        starts, lengths = bounds[:-1], bounds.diff()
+        rank = torch.ceil(torch.log2(lengths.double())) if causal else lengths
+        groups, slots, base = [], torch.empty(self.positions, dtype=torch.long), 0
         for value in rank.unique():
             first, length = starts[rank == value], lengths[rank == value]
             n, longest = len(first), int(length.max())
@@ -31,40 +64,214 @@ class Packing:
             positions = first[:, None] + torch.minimum(within, length[:, None] - 1)
             valid = within < length[:, None]
             slots[positions[valid]] = base + torch.arange(n * longest).view(n, longest)[valid]
-            groups.append((positions.reshape(-1).to(cu_seqlens.device), n, longest))
+            groups.append((positions.reshape(-1).to(device), n, longest))
             base += n * longest
-        return cls(tuple(groups), slots.to(cu_seqlens.device))
+        return tuple(groups), slots.to(device)
 
 
-def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing) -> torch.Tensor:
-    """softmax(q k' / sqrt(d)) v, causal within each packed document.
+@functools.lru_cache(16)
+def even(count: int, length: int, device: torch.device) -> Packing:
+    """`count` documents of one length."""
+    return Packing(torch.arange(0, (count + 1) * length, length, dtype=torch.int32, device=device), count * length)
 
-    q [T, heads, d]; k, v [T, groups, d] with groups dividing heads (grouped-query); result [T, heads, d].
+
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing, causal: bool = True, window: int = 0
+) -> torch.Tensor:
+    """softmax(q k' / sqrt(d)) v within each packed document.
+
+    q [T, heads, d]; k, v [T, groups, d] with groups dividing heads (grouped-query); result [T, heads, d]. Float64 (the
+    reference), float32, bfloat16 or float16. `causal`: a position sees itself and those before it, of these the
+    `window` nearest if that is above 0.
     """
-    outputs = []
-    for positions, n, longest in packing.groups:
+    _check(q, k, v, packing, causal, window)
+    if runs_triton("attention", q):
+        return attention_forward(q, k, v, *_tables(packing, q, window), packing.cu_seqlens, causal, window)[0]
+    outputs, (groups, slots) = [], packing.groups(causal)
+    for positions, n, longest in groups:
         # Padding repeats a document's last position behind it, where no causal query of the document looks.
-        qg, kg, vg = (x.index_select(0, positions).view(n, longest, *x.shape[1:]) for x in (q, k, v))
-        outputs.append(attention(qg, kg, vg, causal=True).flatten(0, 1))
-    return torch.cat(outputs).index_select(0, packing.slots)
+        qg, kg, vg = (x.index_select(0, positions).view(n, longest, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+        mask = _seen(torch.zeros(longest, dtype=torch.long, device=q.device), causal, window) if window else None
+        grouped = qg.shape[1] != kg.shape[1]
+        out = F.scaled_dot_product_attention(qg, kg, vg, mask, is_causal=causal and mask is None, enable_gqa=grouped)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs).index_select(0, slots)
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
-    """Dense attention: q [n, s, heads, d]; k, v [n, s, groups, d]; result [n, s, heads, d]."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=_grouped(q, k)).transpose(1, 2)
+def _check(q, k, v, packing, causal, window):
+    name = "attention"
+    require(q.dim() == 3 and q.numel() > 0, name, "q", f"[T, heads, d] with T above 0, not {list(q.shape)}")
+    require(q.is_floating_point(), name, "q", f"of floating-point numbers, not of {q.dtype}")
+    require(k.dim() == 3 and k.shape[1] > 0, name, "k", f"[T, groups, d], not {list(k.shape)}")
+    require(q.shape[1] % k.shape[1] == 0, name, "k", f"of groups that divide the {q.shape[1]} heads, not {k.shape[1]}")
+    require_like(name, "k", k, (q.shape[0], k.shape[1], q.shape[2]), q)
+    require_like(name, "v", v, tuple(k.shape), q)
+    require(k.dtype == v.dtype == q.dtype, name, "k and v", f"of {q.dtype}, as q")
+    require(packing.positions == q.shape[0], name, "cu_seqlens", f"up to {q.shape[0]}, not {packing.positions}")
+    require(packing.cu_seqlens.device == q.device, name, "cu_seqlens", f"on {q.device}")
+    require(window >= 0 and (causal or not window), name, "window", "0, or above 0 and causal")
 
 
-def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """One query a sequence against its cache: q [n, heads, d]; k, v [n, capacity, groups, d]; lengths int [n].
+def _seen(document: torch.Tensor, causal: bool, window: int) -> torch.Tensor:
+    """Which position sees which, bool [T, T]; document int64 [T]."""
+    place = torch.arange(len(document), device=document.device)
+    seen, away = document[:, None] == document, place[:, None] - place
+    seen = seen & (away >= 0) if causal else seen
+    return seen & (away < window) if window else seen
 
-    Sequence i sees its first lengths[i] cached keys; result [n, heads, d].
+
+@dataclass(frozen=True)
+class Tiles:
+    """What a program works on: `queries` by `keys` positions at once, with `warps` warps, loads in `stages` stages."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        """For a launch."""
+        return {"BM": self.queries, "BN": self.keys, "num_warps": self.warps, "num_stages": self.stages}
+
+
+def tiles(d: int, dtype: torch.dtype, window: int) -> dict[str, Tiles]:
+    """Of the three kernels with loops: no larger than registers hold. The first two share blocks of positions."""
+    if dtype == torch.float32:
+        small = Tiles(32, 32, 4, 1) if d <= 128 else Tiles(16, 16, 4, 1)
+        return {"forward": small, "queries": small, "keys": small}
+    if d <= 64:
+        return {"forward": Tiles(128, 64, 8, 3), "queries": Tiles(128, 64, 8, 2), "keys": Tiles(64, 128, 8, 2)}
+    if d <= 128:
+        keys = Tiles(32, 128, 8, 1 if window else 2)
+        return {"forward": Tiles(128, 64, 8, 3), "queries": Tiles(128, 64, 8, 2), "keys": keys}
+    return {"forward": Tiles(128, 32, 8, 2), "queries": Tiles(128, 32, 8, 1), "keys": Tiles(32, 32, 8, 1)}
+
+
+def _tables(packing: Packing, q: torch.Tensor, window: int) -> tuple[torch.Tensor, torch.Tensor]:
+    chosen = tiles(q.shape[2], q.dtype, window)
+    return packing.blocks(chosen["forward"].queries), packing.blocks(chosen["keys"].keys)
+
+
+def switches(q: torch.Tensor, k: torch.Tensor, causal: bool, window: int) -> dict[str, object]:
+    """What a kernel is compiled for."""
+    d, precision = q.shape[2], "ieee" if q.dtype == torch.float32 else "tf32"
+    return {
+        "GROUP": q.shape[1] // k.shape[1], "CAUSAL": causal, "WINDOW": window, "PRECISION": precision,
+        "D": d, "DP": max(triton.next_power_of_2(d), 16),
+    }  # fmt: skip
+
+
+def _scores(q, k, cu_seqlens, causal, window):
+    """In float64 if q is, else float32: scaled scores [heads, T, T], -inf where nothing is seen."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    k = k.to(wide).repeat_interleave(q.shape[1] // k.shape[1], 1)
+    scores = torch.einsum("qhd,khd->hqk", q.to(wide), k) / math.sqrt(q.shape[2])
+    document = torch.searchsorted(cu_seqlens.long(), torch.arange(len(q), device=q.device), right=True)
+    return scores.masked_fill(~_seen(document, causal, window), -math.inf)
+
+
+@torch.library.custom_op("armillary::attention_forward", mutates_args=())
+def attention_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    query_blocks: torch.Tensor,
+    key_blocks: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    causal: bool,
+    window: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `attention`; and the logarithm of each softmax's denominator, [heads, T], float32 (float64 of float64).
+
+    query_blocks, key_blocks: Packing.blocks of the sizes in `tiles`; the latter is for the backward.
     """
-    seen = torch.arange(k.shape[1], device=k.device) < lengths[:, None]
-    k, v = k.transpose(1, 2), v.transpose(1, 2)
-    out = F.scaled_dot_product_attention(q[:, :, None], k, v, seen[:, None, None], enable_gqa=_grouped(q, k))
-    return out.squeeze(2)
+    if not runs_triton("attention", q):
+        scores = _scores(q, k, cu_seqlens, causal, window)
+        wide_v = v.to(scores.dtype).repeat_interleave(q.shape[1] // v.shape[1], 1)
+        o = torch.einsum("hqk,khd->qhd", scores.softmax(-1), wide_v)
+        return o.to(q.dtype).contiguous(), scores.logsumexp(-1)
+    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    o, lse = q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    kernels.forward[len(query_blocks), q.shape[1]](
+        q, k, v, o, lse, query_blocks, _scale(q), q.shape[0], *_strides(q, k, v),
+        **switches(q, k, causal, window), **tiles(q.shape[2], q.dtype, window)["forward"].options,
+    )  # fmt: skip
+    return o, lse
 
 
-def _grouped(q: torch.Tensor, k: torch.Tensor) -> bool:
-    return q.shape[1] != k.shape[1]
+@attention_forward.register_fake
+def _(q, k, v, query_blocks, key_blocks, cu_seqlens, causal, window):
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=wide)
+
+
+@torch.library.custom_op("armillary::attention_backward", mutates_args=())
+def attention_backward(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    query_blocks: torch.Tensor,
+    key_blocks: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    causal: bool,
+    window: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and v."""
+    if not runs_triton("attention", q):
+        return _reference_backward(do, q, k, v, o, lse, cu_seqlens, causal, window)
+    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    do, chosen, same = do.contiguous(), tiles(q.shape[2], q.dtype, window), switches(q, k, causal, window)
+    dq, dk, dv, delta = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), torch.empty_like(lse)
+    kernels.delta[triton.cdiv(q.shape[0], DELTA), q.shape[1]](
+        o, do, delta, q.shape[0], D=same["D"], DP=same["DP"], BM=DELTA
+    )
+    shared = (query_blocks, _scale(q), q.shape[0], *_strides(q, k, v))
+    kernels.backward_keys[len(key_blocks), k.shape[1]](
+        q, k, v, do, lse, delta, dk, dv, key_blocks, *shared[1:], **same, **chosen["keys"].options
+    )
+    kernels.backward_queries[len(query_blocks), q.shape[1]](
+        q, k, v, do, lse, delta, dq, *shared, **same, **chosen["queries"].options
+    )
+    return dq, dk, dv
+
+
+@attention_backward.register_fake
+def _(do, q, k, v, o, lse, query_blocks, key_blocks, cu_seqlens, causal, window):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _reference_backward(do, q, k, v, o, lse, cu_seqlens, causal, window):
+    scores = _scores(q, k, cu_seqlens, causal, window)
+    group, wide = q.shape[1] // k.shape[1], scores.dtype
+    p, do, o = (scores - lse[..., None]).exp(), do.to(wide), o.to(wide)
+    wide_k, wide_v = (x.to(wide).repeat_interleave(group, 1) for x in (k, v))
+    dp = torch.einsum("qhd,khd->hqk", do, wide_v)
+    ds = p * (dp - (do * o).sum(-1).T[..., None]) / math.sqrt(q.shape[2])
+    dk, dv = torch.einsum("hqk,qhd->khd", ds, q.to(wide)), torch.einsum("hqk,qhd->khd", p, do)
+    dk, dv = (x.unflatten(1, (k.shape[1], group)).sum(2).to(k.dtype).contiguous() for x in (dk, dv))
+    return torch.einsum("hqk,khd->qhd", ds, wide_k).to(q.dtype).contiguous(), dk, dv
+
+
+def _setup(ctx, inputs, output):
+    q, k, v, *tables, ctx.causal, ctx.window = inputs
+    ctx.save_for_backward(q, k, v, *output, *tables)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradients(ctx, do, _):
+    return *attention_backward(do, *ctx.saved_tensors, ctx.causal, ctx.window), None, None, None, None, None
+
+
+attention_forward.register_autograd(_gradients, setup_context=_setup)
+
+
+def _scale(q: torch.Tensor) -> float:
+    return 1 / math.sqrt(q.shape[2]) / math.log(2)
+
+
+def _strides(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[int, ...]:
+    return tuple(stride for x in (q, k, v) for stride in x.stride()[:2])

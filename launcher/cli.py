@@ -14,6 +14,7 @@ from armillary import __version__
 from armillary.errors import ArmillaryError, JobError
 from armillary.launcher.arguments import Address, AsJson, JobFile, Overrides, RunPath, StopAt, counted
 from armillary.launcher.data_commands import app as data_app
+from armillary.launcher.kernel_commands import app as kernels_app
 
 app = typer.Typer(
     help="Train large image+text transformers from one job file.",
@@ -26,6 +27,7 @@ eval_app = typer.Typer(help="Measure a trained model.", no_args_is_help=True)
 app.add_typer(job_app, name="job")
 app.add_typer(data_app, name="data")
 app.add_typer(eval_app, name="eval")
+app.add_typer(kernels_app, name="kernels")
 
 
 @app.command()

@@ -15,7 +15,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from armillary.kernels.attention import Packing, attention, causal_attention, decode_attention
+from armillary.kernels.attention import Packing, attention, even
+from armillary.kernels.decode import decode_attention
 from armillary.kernels.norm import rms_norm
 from armillary.kernels.rope import rope, rope_table
 from armillary.kernels.swiglu import swiglu
@@ -83,7 +84,7 @@ class PackedContext:
         decode: bool = False,
     ):
         self.cos, self.sin = rope_table(positions, head_dim, theta)
-        self.packing = None if decode else Packing.of(cu_seqlens)
+        self.packing = None if decode else Packing(cu_seqlens, len(positions))
         self.positions, self.cache, self.rows, self.decode = positions, cache, rows, decode
 
 
@@ -96,15 +97,17 @@ class CoreAttention(torch.nn.Module):
 
     def forward(self, q, k, v, attention_mask, *, packed_seq_params: PackedContext | None = None, **_):
         if packed_seq_params is None:
-            out = attention(*(x.transpose(0, 1) for x in (q, k, v)), causal=False)
-            return out.transpose(0, 1).flatten(2)
+            length, images = q.shape[:2]
+            packing = even(images, length, q.device)
+            out = attention(*(x.transpose(0, 1).flatten(0, 1) for x in (q, k, v)), packing, causal=False)
+            return out.unflatten(0, (images, length)).transpose(0, 1).flatten(2)
         context = packed_seq_params
         q, k = rope(q, context.cos, context.sin), rope(k, context.cos, context.sin)
         if context.cache is not None:
             keys, values = context.cache.append(self.layer_number, k, v, context.rows, context.positions)
             if context.decode:
                 return decode_attention(q, keys, values, context.cache.lengths + 1)
-        return causal_attention(q, k, v, context.packing)
+        return attention(q, k, v, context.packing)
 
 
 def block_spec(config: TransformerConfig, causal: bool) -> TransformerBlockSubmodules:

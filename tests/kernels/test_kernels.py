@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from armillary.kernels.attention import Packing, attention, causal_attention, decode_attention
+from armillary.kernels.attention import Packing, attention, even
+from armillary.kernels.decode import decode_attention
 from armillary.kernels.norm import rms_norm
 from armillary.kernels.rope import rope, rope_table
 from armillary.kernels.swiglu import swiglu
@@ -39,7 +40,7 @@ def qkv(total, heads, groups, d, dtype=torch.float64, seed=0):
 def test_packed_attention_is_the_documents_one_by_one(lengths, heads, d):
     q, k, v = qkv(sum(lengths), *heads, d)
     cu = torch.tensor([0, *lengths]).cumsum(0).int()
-    out = causal_attention(q, k, v, Packing.of(cu))
+    out = attention(q, k, v, Packing(cu, sum(lengths)))
     expected = torch.cat([plain_attention(q[a:b], k[a:b], v[a:b], causal=True) for a, b in itertools.pairwise(cu)])
     torch.testing.assert_close(out, expected)
     weight = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(1))
@@ -53,10 +54,11 @@ def test_packed_attention_is_the_documents_one_by_one(lengths, heads, d):
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_dense_attention(causal):
-    q, k, v = (x.view(3, 7, -1, 4) for x in qkv(21, 4, 2, 4))
-    out = attention(q, k, v, causal)
+    q, k, v = qkv(21, 4, 2, 4)
+    out = attention(q, k, v, even(3, 7, q.device), causal)
     for i in range(3):
-        torch.testing.assert_close(out[i], plain_attention(q[i], k[i], v[i], causal))
+        one = slice(7 * i, 7 * i + 7)
+        torch.testing.assert_close(out[one], plain_attention(q[one], k[one], v[one], causal))
 
 
 def test_decoding_sees_the_filled_part_of_its_cache_only():
@@ -71,9 +73,9 @@ def test_decoding_sees_the_filled_part_of_its_cache_only():
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
 def test_lower_precision_stays_near_float64(dtype, tolerance):
     q, k, v = (x.detach() for x in qkv(64, 4, 2, 32))
-    packing = Packing.of(torch.tensor([0, 20, 64], dtype=torch.int32))
-    exact = causal_attention(q, k, v, packing)
-    low = causal_attention(q.to(dtype), k.to(dtype), v.to(dtype), packing)
+    packing = Packing(torch.tensor([0, 20, 64], dtype=torch.int32), 64)
+    exact = attention(q, k, v, packing)
+    low = attention(q.to(dtype), k.to(dtype), v.to(dtype), packing)
     assert low.dtype == dtype
     assert (low.double() - exact).norm() / exact.norm() < tolerance
 

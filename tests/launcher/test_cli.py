@@ -64,3 +64,12 @@ def test_generate_refuses_what_it_cannot_answer(armillary, tmp_path):
 
 def test_an_unknown_suite_is_refused(armillary):
     refused(armillary("eval", "run", "mmlu", "--model", "run"), "no suite mmlu", "easy-vqa")
+
+
+def test_kernels_list_says_what_runs_and_why(armillary):
+    found = json.loads(armillary("kernels", "list", "--json").stdout)
+    assert {one["operation"] for one in found} >= {"attention", "norm", "rope", "swiglu"}
+    assert {one["runs"] for one in found} == {"reference"}
+    shown = armillary("kernels", "list").stdout
+    assert "the tensors are on CPU" in shown
+    assert "attention" in shown

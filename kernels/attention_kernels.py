@@ -1,0 +1,235 @@
+"""Attention's kernels: FlashAttention-2 (Dao 2023, algorithms 1 and 2) over packed documents, without atomic additions.
+
+A row of `blocks` (int32 [3]) is a block of one document: where the document starts, its length, and the block's first
+position in it. Exponents are of 2, so `scale` has log2(e) in it. Offsets along positions are of 64 bits.
+"""
+
+import triton
+import triton.language as tl
+
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _load(ptr, row, stride, inside, MASKED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    """Rows of a head, [len(row), DP]: zeros where they are not `inside`, and beyond D."""
+    d = tl.arange(0, DP)
+    at = ptr + row[:, None] * stride + d[None, :]
+    if MASKED or DP != D:
+        return tl.load(at, inside[:, None] & (d < D)[None, :], other=0.0)
+    return tl.load(at)
+
+
+@triton.jit
+def _seen(row, column, length, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """Which positions see which: broadcast over row and column."""
+    seen = (row < length) & (column < length)
+    if CAUSAL:
+        seen = seen & (row >= column)
+    if WINDOW > 0:
+        seen = seen & (row - column < WINDOW)
+    return seen
+
+
+@triton.jit
+def _attend(
+    o, total, peak, q, k_ptr, v_ptr, stride_k, stride_v, low, high, row, length, scale,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """The keys [low, high) of the online softmax."""
+    near = tl.arange(0, BN)
+    for begin in tl.range(low, high, BN):
+        column = begin + near
+        away = tl.cast(begin, tl.int64)
+        k = _load(k_ptr + away * stride_k, near, stride_k, column < length, MASKED, D, DP)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if MASKED:
+            s = tl.where(_seen(row[:, None], column[None, :], length, CAUSAL, WINDOW), s, float("-inf"))
+        higher = tl.maximum(peak, tl.max(s, 1) * scale)
+        shift = higher
+        if MASKED:
+            shift = tl.where(higher == float("-inf"), 0.0, higher)  # of a row that has seen no key yet
+        p = tl.exp2(s * scale - shift[:, None])
+        decay = tl.exp2(peak - shift)
+        total = total * decay + tl.sum(p, 1)
+        o = o * decay[:, None]
+        v = _load(v_ptr + away * stride_v, near, stride_v, column < length, MASKED, D, DP)
+        o = tl.dot(p.to(v.dtype), v, o, input_precision=PRECISION)
+        peak = higher
+    return o, total, peak
+
+
+@triton.jit
+def forward(
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, blocks_ptr, scale, positions,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """o [positions, heads, D], contiguous; lse [heads, positions], of base e."""
+    block = blocks_ptr + tl.program_id(0) * 3
+    start = tl.load(block).to(tl.int64)
+    length = tl.load(block + 1)
+    first = tl.load(block + 2)
+    if first >= length:
+        return
+    head = tl.program_id(1)
+    row = first + tl.arange(0, BM)
+    q = _load(
+        q_ptr + (start + first) * stride_qt + head * stride_qh, tl.arange(0, BM), stride_qt, row < length, True, D, DP
+    )
+    k_ptr += start * stride_kt + (head // GROUP) * stride_kh
+    v_ptr += start * stride_vt + (head // GROUP) * stride_vh
+
+    # Of the keys [low, high) that some row of the block sees, [whole, edge) are seen by all of its rows.
+    low = 0
+    whole = 0
+    high = length
+    edge = length // BN * BN
+    if CAUSAL:
+        high = tl.minimum(length, first + BM)
+        edge = first // BN * BN
+    if WINDOW > 0:
+        low = tl.maximum(first - WINDOW + 1, 0) // BN * BN
+        whole = (tl.maximum(first + BM - WINDOW, 0) + BN - 1) // BN * BN
+    edge = tl.maximum(whole, edge)
+    peak = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    o = tl.zeros([BM, DP], tl.float32)
+    if WINDOW > 0:
+        o, total, peak = _attend(
+            o, total, peak, q, k_ptr, v_ptr, stride_kt, stride_vt, low, tl.minimum(whole, high), row, length, scale,
+            True, CAUSAL, WINDOW, PRECISION, D, DP, BN,
+        )  # fmt: skip
+    o, total, peak = _attend(
+        o, total, peak, q, k_ptr, v_ptr, stride_kt, stride_vt, whole, edge, row, length, scale,
+        False, CAUSAL, WINDOW, PRECISION, D, DP, BN,
+    )  # fmt: skip
+    o, total, peak = _attend(
+        o, total, peak, q, k_ptr, v_ptr, stride_kt, stride_vt, edge, high, row, length, scale,
+        True, CAUSAL, WINDOW, PRECISION, D, DP, BN,
+    )  # fmt: skip
+
+    total = tl.where(total == 0.0, 1.0, total)  # of a row without a key: o is 0, lse the least there is
+    o = o / total[:, None]
+    d = tl.arange(0, DP)
+    to = o_ptr + ((start + row)[:, None] * tl.num_programs(1) + head) * D + d[None, :]
+    tl.store(to, o.to(o_ptr.dtype.element_ty), (row < length)[:, None] & (d < D)[None, :])
+    lse = (peak + tl.log2(total)) * LN2
+    tl.store(lse_ptr + head.to(tl.int64) * positions + start + row, lse, row < length)
+
+
+@triton.jit
+def delta(o_ptr, do_ptr, delta_ptr, positions, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr):
+    """The sum of o * do over each head of each position: delta [heads, positions]."""
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    head = tl.program_id(1)
+    at = head * D
+    stride = tl.num_programs(1) * D
+    o = _load(o_ptr + at, row, stride, row < positions, True, D, DP).to(tl.float32)
+    do = _load(do_ptr + at, row, stride, row < positions, True, D, DP).to(tl.float32)
+    tl.store(delta_ptr + head.to(tl.int64) * positions + row, tl.sum(o * do, 1), row < positions)
+
+
+@triton.jit
+def backward_keys(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, blocks_ptr, scale, positions,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Gradients of k and v, [positions, groups, D], contiguous; do is too. A program sums over its group's heads."""
+    block = blocks_ptr + tl.program_id(0) * 3
+    start = tl.load(block).to(tl.int64)
+    length = tl.load(block + 1)
+    first = tl.load(block + 2)
+    if first >= length:
+        return
+    group = tl.program_id(1)
+    groups = tl.num_programs(1)
+    near = tl.arange(0, BN)
+    column = first + near
+    k = _load(k_ptr + (start + first) * stride_kt + group * stride_kh, near, stride_kt, column < length, True, D, DP)
+    v = _load(v_ptr + (start + first) * stride_vt + group * stride_vh, near, stride_vt, column < length, True, D, DP)
+    dk = tl.zeros([BN, DP], tl.float32)
+    dv = tl.zeros([BN, DP], tl.float32)
+
+    # The queries [low, high) see some key of the block. One loop for those that see all of them and those that do not,
+    # here and below: two would take more registers than there are.
+    low = 0
+    high = length
+    if CAUSAL:
+        low = first // BM * BM
+    if WINDOW > 0:
+        high = tl.minimum(length, first + BN + WINDOW - 1)
+    for i in tl.range(0, GROUP):
+        head = (group * GROUP + i).to(tl.int64)
+        stride_do = groups * GROUP * D
+        q_head = q_ptr + start * stride_qt + head * stride_qh
+        do_head = do_ptr + start * stride_do + head * D
+        for begin in tl.range(low, high, BM):
+            row = begin + tl.arange(0, BM)
+            away = tl.cast(begin, tl.int64)
+            q = _load(q_head + away * stride_qt, tl.arange(0, BM), stride_qt, row < length, True, D, DP)
+            do = _load(do_head + away * stride_do, tl.arange(0, BM), stride_do, row < length, True, D, DP)
+            at = head * positions + start + row
+            lse = tl.load(lse_ptr + at, row < length, other=0.0) / LN2
+            delta = tl.load(delta_ptr + at, row < length, other=0.0)
+            p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale - lse[None, :])
+            if CAUSAL:  # positions behind the document's end are zeros, and add nothing
+                p = tl.where(_seen(row[None, :], column[:, None], length, CAUSAL, WINDOW), p, 0.0)
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+            ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    d = tl.arange(0, DP)
+    to = ((start + column)[:, None] * groups + group) * D + d[None, :]
+    inside = (column < length)[:, None] & (d < D)[None, :]
+    tl.store(dk_ptr + to, (dk * (scale * LN2)).to(dk_ptr.dtype.element_ty), inside)
+    tl.store(dv_ptr + to, dv.to(dv_ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def backward_queries(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, blocks_ptr, scale, positions,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """The gradient of q, [positions, heads, D], contiguous; do is too."""
+    block = blocks_ptr + tl.program_id(0) * 3
+    start = tl.load(block).to(tl.int64)
+    length = tl.load(block + 1)
+    first = tl.load(block + 2)
+    if first >= length:
+        return
+    head = tl.program_id(1)
+    heads = tl.num_programs(1)
+    near = tl.arange(0, BM)
+    row = first + near
+    inside = row < length
+    q = _load(q_ptr + (start + first) * stride_qt + head * stride_qh, near, stride_qt, inside, True, D, DP)
+    do = _load(do_ptr + ((start + first) * heads + head) * D, near, heads * D, inside, True, D, DP)
+    lse = tl.load(lse_ptr + head.to(tl.int64) * positions + start + row, inside, other=0.0) / LN2
+    delta = tl.load(delta_ptr + head.to(tl.int64) * positions + start + row, inside, other=0.0)
+    k_ptr += start * stride_kt + (head // GROUP) * stride_kh
+    v_ptr += start * stride_vt + (head // GROUP) * stride_vh
+    low = 0
+    high = length
+    if CAUSAL:
+        high = tl.minimum(length, first + BM)
+    if WINDOW > 0:
+        low = tl.maximum(first - WINDOW + 1, 0) // BN * BN
+    dq = tl.zeros([BM, DP], tl.float32)
+    for begin in tl.range(low, high, BN):
+        column = begin + tl.arange(0, BN)
+        away = tl.cast(begin, tl.int64)
+        k = _load(k_ptr + away * stride_kt, tl.arange(0, BN), stride_kt, column < length, True, D, DP)
+        v = _load(v_ptr + away * stride_vt, tl.arange(0, BN), stride_vt, column < length, True, D, DP)
+        p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - lse[:, None])
+        p = tl.where(_seen(row[:, None], column[None, :], length, CAUSAL, WINDOW), p, 0.0)
+        ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    d = tl.arange(0, DP)
+    to = dq_ptr + ((start + row)[:, None] * heads + head) * D + d[None, :]
+    tl.store(to, (dq * (scale * LN2)).to(dq_ptr.dtype.element_ty), inside[:, None] & (d < D)[None, :])

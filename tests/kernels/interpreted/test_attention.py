@@ -1,0 +1,56 @@
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from armillary.kernels.attention import Packing, attention
+from tests.kernels.interpreted.near import assert_near
+
+dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+
+
+def exact(lengths, causal, window):
+    def one(q, k, v):
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(q.shape[-1])
+        away = torch.arange(len(q))[:, None] - torch.arange(len(q))
+        hidden = (away < 0) & causal | (away >= window) & (window > 0)
+        return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -math.inf).softmax(-1), v)
+
+    bounds = list(itertools.pairwise(itertools.accumulate(lengths, initial=0)))
+    return lambda q, k, v: torch.cat([one(q[a:b], k[a:b], v[a:b]) for a, b in bounds])
+
+
+def qkv(total, heads, groups, d):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(total, n, d, generator=generator, dtype=torch.float64) for n in (heads, groups, groups)]
+
+
+def ours(lengths, causal, window):
+    packing = Packing(torch.tensor([0, *lengths]).cumsum(0).int(), sum(lengths))
+    return lambda q, k, v: attention(q, k, v, packing, causal, window)
+
+
+@given(
+    lengths=st.lists(st.integers(0, 60) | st.sampled_from([1, 64, 128, 200]), min_size=1, max_size=3).filter(any),
+    heads=st.sampled_from([(1, 1), (4, 2), (3, 1)]),
+    d=st.sampled_from([16, 32, 64]),
+    causal=st.booleans(),
+    window=st.sampled_from([0, 1, 33, 70]),
+    dtype=dtypes,
+)
+@settings(deadline=None, max_examples=20)
+def test_packed_documents_are_near_float64(lengths, heads, d, causal, window, dtype):
+    window = window if causal else 0
+    made = qkv(sum(lengths), *heads, d)
+    assert_near(ours(lengths, causal, window), exact(lengths, causal, window), made, dtype, scale=1.0)
+
+
+@pytest.mark.parametrize("d", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_head_dims(d, dtype):
+    lengths = [70, 1, 130]
+    assert_near(ours(lengths, True, 0), exact(lengths, True, 0), qkv(201, 2, 1, d), dtype, scale=1.0)

@@ -1,0 +1,166 @@
+"""Each operation on CPU: as registered with PyTorch, in float64, compiled, and what it refuses."""
+
+import pytest
+import torch
+
+from armillary.kernels.attention import Packing, attention, attention_backward, attention_forward
+from armillary.kernels.cross_entropy import cross_entropy_gradient, cross_entropy_statistics, linear_cross_entropy
+from armillary.kernels.decode import decode_attention, decode_forward
+from armillary.kernels.norm import layer_norm, norm_backward, norm_forward, rms_norm
+from armillary.kernels.rope import rope, rope_table, rope_turn
+from armillary.kernels.swiglu import swiglu, swiglu_backward, swiglu_forward
+
+T, HEADS, GROUPS, D = 7, 4, 2, 16
+
+
+def drawn(*shape, dtype=torch.float64, grad=True):
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator, dtype=dtype).requires_grad_(grad)
+
+
+def packing(*lengths):
+    return Packing(torch.tensor([0, *lengths]).cumsum(0).int(), sum(lengths))
+
+
+def qkv(t=T, **kwargs):
+    return drawn(t, HEADS, D, **kwargs), drawn(t, GROUPS, D, **kwargs), drawn(t, GROUPS, D, **kwargs) * 1.5
+
+
+def attended(q, k, v, causal=True, window=0):
+    packed = packing(3, 4)
+    return attention_forward(q, k, v, packed.blocks(32), packed.blocks(32), packed.cu_seqlens, causal, window)
+
+
+TABLE = rope_table(torch.arange(T), D, 100.0)
+CASES = {
+    "norm_forward": (norm_forward, lambda: (drawn(T, 6), drawn(6), drawn(6), drawn(T, 6) * 2, 1e-5, True, False)),
+    "norm_forward, rms": (norm_forward, lambda: (drawn(T, 6), drawn(6), None, None, 1e-5, False, True)),
+    "swiglu_forward": (swiglu_forward, lambda: (drawn(T, 6),)),
+    "rope_turn": (rope_turn, lambda: (drawn(T, HEADS, D), *TABLE, False)),
+    "attention_forward": (
+        attention_forward,
+        lambda: (*qkv(), packing(3, 4).blocks(32), packing(3, 4).blocks(32), packing(3, 4).cu_seqlens, True, 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_registration_is_what_it_says(name):
+    operation, arguments = CASES[name]
+    torch.library.opcheck(operation, arguments())
+
+
+def test_registrations_without_a_gradient():
+    x, rows = drawn(T, 6, grad=False), drawn(T, grad=False).abs()
+    torch.library.opcheck(norm_backward, (x, None, x, x[0], rows, rows, True, True, False))
+    torch.library.opcheck(swiglu_backward, (x, x[:, :3].clone()))
+    q, k, v = (one.detach() for one in qkv())
+    o, lse = attended(q, k, v)
+    tables = (packing(3, 4).blocks(32), packing(3, 4).blocks(32), packing(3, 4).cu_seqlens)
+    torch.library.opcheck(attention_backward, (o, q, k, v, o, lse, *tables, True, 0))
+    torch.library.opcheck(decode_forward, (q, k[None].repeat(T, 1, 1, 1), v[None].repeat(T, 1, 1, 1), torch.arange(T)))
+    labels = torch.tensor([0, 1, 2, 3, 4, 5, -100])
+    torch.library.opcheck(cross_entropy_statistics, (x, labels))
+    torch.library.opcheck(cross_entropy_gradient, (x, labels, rows, rows, 0.1, 0.1, 0.01))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_those_of_small_differences(name):
+    operation, arguments = CASES[name]
+
+    def differentiable(*given):
+        found = operation(*given)
+        return found if isinstance(found, torch.Tensor) else found[0]
+
+    assert torch.autograd.gradcheck(differentiable, arguments())
+
+
+def test_the_gradient_of_linear_cross_entropy_is_that_of_small_differences():
+    labels, weights = torch.tensor([0, 4, 2, -100, 1, 1, 3]), torch.linspace(0.1, 1, T)
+
+    def total(hidden, weight):
+        return linear_cross_entropy(hidden, weight, labels, weights, 1e-2, 0.1)[0]
+
+    assert torch.autograd.gradcheck(total, (drawn(T, 3), drawn(5, 3)))
+
+
+def test_references_and_registrations_agree():
+    """What runs on CPU, and what stands for the kernels where they do not run."""
+    q, k, v = qkv()
+    for causal, window in ((True, 0), (True, 2), (False, 0)):
+        torch.testing.assert_close(
+            attention(q, k, v, packing(3, 4), causal, window), attended(q, k, v, causal, window)[0]
+        )
+    x, w, b = drawn(T, 6), drawn(6), drawn(6) * 3
+    torch.testing.assert_close(layer_norm(x, w, b, 1e-5), norm_forward(x, w, b, None, 1e-5, True, False)[0])
+    y, s = rms_norm(x, w, 1e-5, b.expand(T, 6), True)
+    other = norm_forward(x, w, None, b.expand(T, 6), 1e-5, False, True)
+    torch.testing.assert_close((y, s), other[:2])
+    torch.testing.assert_close(swiglu(x), swiglu_forward(x))
+
+
+def test_a_layer_compiles_without_a_break():
+    def layer(x, weight, cos, sin):
+        y, s = rms_norm(x, weight, 1e-5, x)
+        turned = rope(y.view(T, 2, 8), cos, sin).flatten(1)
+        return swiglu(turned + s)
+
+    x, weight, table = (
+        drawn(T, 16, dtype=torch.float32),
+        drawn(16, dtype=torch.float32),
+        rope_table(torch.arange(T), 8, 10.0),
+    )
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, weight, *table), layer(x, weight, *table))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_registrations_compile_without_a_break(name):
+    operation, arguments = CASES[name]
+    found = torch.compile(operation, fullgraph=True, backend="aot_eager")(*arguments())
+    torch.testing.assert_close(found, operation(*arguments()))
+
+
+Q, K = torch.zeros(T, HEADS, D), torch.zeros(T, GROUPS, D)
+CACHE = torch.zeros(T, 5, GROUPS, D)
+REFUSED = {
+    "attention: q must be [T, heads, d]": lambda: attention(Q[0], K, K, packing(7)),
+    "attention: q must be .* T above 0": lambda: attention(Q[:0], K[:0], K[:0], packing(7)),
+    "attention: q must be of floating-point": lambda: attention(Q.int(), K, K, packing(7)),
+    "attention: k must be of groups that divide": lambda: attention(Q, Q[:, :3], Q[:, :3], packing(7)),
+    "attention: k must be of shape": lambda: attention(Q, K[..., :8], K[..., :8], packing(7)),
+    "attention: v must be of shape": lambda: attention(Q, K, K[:6], packing(7)),
+    "attention: k and v must be of torch.float32": lambda: attention(Q, K.half(), K.half(), packing(7)),
+    "attention: k must be on cpu, not on meta": lambda: attention(Q, K.to("meta"), K, packing(7)),
+    "attention: cu_seqlens must be up to 7, not 6": lambda: attention(Q, K, K, packing(6)),
+    "attention: window must be": lambda: attention(Q, K, K, packing(7), False, 3),
+    "attention: cu_seqlens must be rising": lambda: Packing(torch.tensor([0, 5, 3, 7]), 7),
+    "attention: cu_seqlens must be rising from 0": lambda: Packing(torch.tensor([1, 7]), 7),
+    "attention: cu_seqlens must be up to 7": lambda: Packing(torch.tensor([0, 5]), 7),
+    "attention: cu_seqlens must be of whole numbers": lambda: Packing(torch.tensor([0.0, 7.0]), 7),
+    "decode_attention: q must be": lambda: decode_attention(Q[0], CACHE, CACHE, torch.ones(T)),
+    "decode_attention: k must be .n, capacity": lambda: decode_attention(Q, K, K, torch.ones(T)),
+    "decode_attention: lengths must be of shape": lambda: decode_attention(Q, CACHE, CACHE, torch.ones(3)),
+    "rms_norm: weight must be of shape": lambda: rms_norm(torch.zeros(2, 3), torch.ones(4), 1e-5),
+    "rms_norm: x must be of one number": lambda: rms_norm(torch.zeros(0, 3), torch.ones(3), 1e-5),
+    "rms_norm: residual must be of shape": lambda: rms_norm(torch.zeros(2, 3), torch.ones(3), 1e-5, torch.zeros(3)),
+    "layer_norm: bias must be on cpu": lambda: layer_norm(
+        torch.zeros(2, 3), torch.ones(3), torch.ones(3, device="meta"), 1
+    ),
+    "layer_norm: x must be of floating-point": lambda: layer_norm(torch.zeros(2, 3).int(), torch.ones(3), None, 1e-5),
+    "rope: x must be": lambda: rope(torch.zeros(T, 2, 5), *TABLE),
+    "rope: cos must be of shape": lambda: rope(torch.zeros(T, 2, 8), *TABLE),
+    "swiglu: x must be of an even": lambda: swiglu(torch.zeros(2, 3)),
+    "linear_cross_entropy: hidden must be": lambda: linear_cross_entropy(Q, Q, Q, Q),
+    "linear_cross_entropy: weight must be": lambda: linear_cross_entropy(Q[0], K[0, :, :3], Q[0, :, 0], Q[0, :, 0]),
+    "linear_cross_entropy: labels must be of shape": lambda: linear_cross_entropy(Q[0], Q[1], Q[0], Q[0, :, 0]),
+    "linear_cross_entropy: label_smoothing": lambda: linear_cross_entropy(
+        Q[0], Q[1], Q[0, :, 0].long(), Q[0, :, 0], 0.0, 1.0
+    ),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_wrong_arguments_are_named(message):
+    with pytest.raises(ValueError, match=message.replace("[T, heads, d]", r"\[T, heads, d\]")):
+        REFUSED[message]()
