@@ -1,12 +1,14 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from armillary.kernels.attention import Packing, attention
+from armillary.kernels import attention_kernels as kernels
+from armillary.kernels.attention import Packing, attention, attention_backward, attention_forward, switches
 from tests.kernels.interpreted.near import assert_near
 
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
@@ -54,3 +56,35 @@ def test_packed_documents_are_near_float64(lengths, heads, d, causal, window, dt
 def test_head_dims(d, dtype):
     lengths = [70, 1, 130]
     assert_near(ours(lengths, True, 0), exact(lengths, True, 0), qkv(201, 2, 1, d), dtype, scale=1.0)
+
+
+def test_positions_further_apart_than_32_bits_count():
+    """The last document of so many positions that its elements are beyond 2^31, in memory that is hardly touched."""
+    total, length, d, stride = 600_000, 10, 16, 4096
+    assert (total - length) * stride > 2**31
+    near = [torch.randn(length, 1, d, generator=torch.Generator().manual_seed(n)) for n in range(4)]
+    memory = torch.from_numpy(np.empty(total * stride, np.float32))
+    far = [memory.as_strided((total, 1, d), (stride, d, 1), d * n) for n in range(3)]
+    far.append(torch.zeros(total, 1, d))
+    for one, small in zip(far, near, strict=True):
+        one[-length:] = small
+    blocks, cu = torch.tensor([[total - length, length, 0]], dtype=torch.int32), torch.tensor([0, length])
+    o, lse = attention_forward(*far[:3], blocks, blocks, cu, True, 0)
+    want, want_lse = attention_forward(*(x.double() for x in near[:3]), blocks, blocks, cu, True, 0)
+    torch.testing.assert_close(o[-length:].double(), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse[:, -length:].double(), want_lse, rtol=1e-5, atol=1e-5)
+
+    q, k, v, do = far
+    delta = torch.zeros(1, total)
+    delta[:, -length:] = (near[3] * want.float()).sum(-1).T
+    dq, dk, dv = (torch.zeros(total, 1, d) for _ in range(3))
+    shared = (1 / math.sqrt(d) / math.log(2), total, *[x for one in (q, k, v) for x in one.stride()[:2]])
+    options = switches(q, k, True, 0)
+    kernels.backward_keys[1, 1](q, k, v, do, lse, delta, dk, dv, blocks, *shared, **options, BM=32, BN=32)
+    kernels.backward_queries[1, 1](q, k, v, do, lse, delta, dq, blocks, *shared, **options, BM=32, BN=32)
+    exactly = attention_backward(
+        *(x.double() for x in (near[3], *near[:3])), want, want_lse, blocks, blocks, cu, True, 0
+    )
+    for got, one in zip((dq, dk, dv), exactly, strict=True):
+        torch.testing.assert_close(got[-length:].double(), one, rtol=1e-4, atol=1e-5)
+        assert not got[:-length].any()
