@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 
 help:
 	@echo "make demo      train a small image+text model, stop, resume on another layout, evaluate (ARGS=--json)"
-	@echo "make test      the linter and every test, six to ten minutes on two cores"
+	@echo "make test      the linter and every test, about twelve minutes on two cores"
 	@echo "make long      the longer easy-vqa run, about 40 minutes on two cores"
 	@echo "make bench-data  the data pipeline beside its peers, about twenty-five minutes"
 	@echo "make gpu       the kernels beside their peers, on a machine with a GPU"
