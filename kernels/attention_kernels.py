@@ -11,6 +11,13 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def _block(blocks_ptr):
+    """This program's: the document's start and length, and the block's first position in it."""
+    block = blocks_ptr + tl.program_id(0) * 3
+    return tl.load(block).to(tl.int64), tl.load(block + 1), tl.load(block + 2)
+
+
+@triton.jit
 def _load(ptr, row, stride, inside, MASKED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
     """Rows of a head, [len(row), DP]: zeros where they are not `inside`, and beyond D."""
     d = tl.arange(0, DP)
@@ -68,10 +75,7 @@ def forward(
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """o [positions, heads, D], contiguous; lse [heads, positions], of base e."""
-    block = blocks_ptr + tl.program_id(0) * 3
-    start = tl.load(block).to(tl.int64)
-    length = tl.load(block + 1)
-    first = tl.load(block + 2)
+    start, length, first = _block(blocks_ptr)
     if first >= length:
         return
     head = tl.program_id(1)
@@ -140,10 +144,7 @@ def backward_keys(
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Gradients of k and v, [positions, groups, D], contiguous; do is too. A program sums over its group's heads."""
-    block = blocks_ptr + tl.program_id(0) * 3
-    start = tl.load(block).to(tl.int64)
-    length = tl.load(block + 1)
-    first = tl.load(block + 2)
+    start, length, first = _block(blocks_ptr)
     if first >= length:
         return
     group = tl.program_id(1)
@@ -197,10 +198,7 @@ def backward_queries(
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """The gradient of q, [positions, heads, D], contiguous; do is too."""
-    block = blocks_ptr + tl.program_id(0) * 3
-    start = tl.load(block).to(tl.int64)
-    length = tl.load(block + 1)
-    first = tl.load(block + 2)
+    start, length, first = _block(blocks_ptr)
     if first >= length:
         return
     head = tl.program_id(1)

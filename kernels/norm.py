@@ -148,13 +148,15 @@ def _forward_wide(
 
 @triton.jit
 def _backward(
-    dy_ptr, ds_ptr, s_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dweight_ptr, dbias_ptr, rows,
+    dy_ptr, ds_ptr, s_ptr, weight_ptr, mean_ptr, rstd_ptr, sums_ptr, dx_ptr, dweight_ptr, dbias_ptr, rows,
     N: tl.constexpr, LAYER: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, ZERO_CENTRED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Each program takes every so many rows, and leaves its own sums of the weight's gradient: nothing is atomic."""
+    """Each program takes every so many rows, and leaves its own sums of the weight's gradient: nothing is atomic.
+
+    Of rows that are wider than a program holds it takes a tile, and what concerns whole rows is in `sums`."""
     program = tl.program_id(0)
-    column = tl.arange(0, BLOCK)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     weight = tl.load(weight_ptr + column, column < N, other=0.0).to(tl.float32)
     if ZERO_CENTRED:
         weight += 1.0
@@ -173,9 +175,11 @@ def _backward(
         dnormal = dy * weight[None, :]
         dweight += tl.sum(dy * normal, 0)
         dbias += tl.sum(dy, 0)
-        dx = dnormal - normal * (tl.sum(dnormal * normal, 1) / N)[:, None]
+        along = tl.load(sums_ptr + row, row < rows, other=0.0) if BLOCK < N else tl.sum(dnormal * normal, 1) / N
+        dx = dnormal - normal * along[:, None]
         if LAYER:
-            dx -= (tl.sum(dnormal, 1) / N)[:, None]
+            total = tl.load(sums_ptr + rows + row, row < rows, other=0.0) if BLOCK < N else tl.sum(dnormal, 1) / N
+            dx -= total[:, None]
         dx *= rstd[:, None]
         if RESIDUAL:
             dx += tl.load(ds_ptr + at, inside, other=0.0).to(tl.float32)
@@ -212,44 +216,6 @@ def _row_sums(
     tl.store(sums_ptr + rows + row, tl.sum(total) / N)
 
 
-@triton.jit
-def _backward_wide(
-    dy_ptr, ds_ptr, s_ptr, weight_ptr, mean_ptr, rstd_ptr, sums_ptr, dx_ptr, dweight_ptr, dbias_ptr, rows,
-    N: tl.constexpr, LAYER: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, ZERO_CENTRED: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """As `_backward`, for a tile of the columns; what concerns whole rows is in `sums`."""
-    program = tl.program_id(0)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    weight = tl.load(weight_ptr + column, column < N, other=0.0).to(tl.float32)
-    if ZERO_CENTRED:
-        weight += 1.0
-    dweight = tl.zeros([BLOCK], tl.float32)
-    dbias = tl.zeros([BLOCK], tl.float32)
-    for first in tl.range(program * ROWS, rows, tl.num_programs(0) * ROWS):
-        row = first + tl.arange(0, ROWS)
-        inside = (row < rows)[:, None] & (column < N)[None, :]
-        at = row.to(tl.int64)[:, None] * N + column[None, :]
-        s = tl.load(s_ptr + at, inside, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + at, inside, other=0.0).to(tl.float32)
-        rstd = tl.load(rstd_ptr + row, row < rows, other=0.0)
-        if LAYER:
-            s -= tl.load(mean_ptr + row, row < rows, other=0.0)[:, None]
-        normal = s * rstd[:, None]
-        dweight += tl.sum(dy * normal, 0)
-        dbias += tl.sum(dy, 0)
-        dx = dy * weight[None, :] - normal * tl.load(sums_ptr + row, row < rows, other=0.0)[:, None]
-        if LAYER:
-            dx -= tl.load(sums_ptr + rows + row, row < rows, other=0.0)[:, None]
-        dx *= rstd[:, None]
-        if RESIDUAL:
-            dx += tl.load(ds_ptr + at, inside, other=0.0).to(tl.float32)
-        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), inside)
-    tl.store(dweight_ptr + program * N + column, dweight, column < N)
-    if BIAS:
-        tl.store(dbias_ptr + program * N + column, dbias, column < N)
-
-
 @dataclass(frozen=True)
 class Tiles:
     """How rows of n columns are divided: `block` columns of `rows` rows at once, by `warps` warps."""
@@ -284,14 +250,14 @@ def norm_forward(
     zero_centred: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """y; s (empty without a residual); mean (empty unless `layer`) and 1 / standard deviation of each row."""
-    n, rows, wide = x.shape[-1], x.numel() // x.shape[-1], _wide(x.dtype)
+    n, rows, wide = x.shape[-1], x.numel() // x.shape[-1], torch.promote_types(x.dtype, torch.float32)
     if not runs_triton("norm", x):
         s = x.to(wide) if residual is None else (x + residual).to(wide)
         mean = s.mean(-1) if layer else s.new_zeros(())
         rstd = torch.rsqrt((s - mean[..., None]).square().mean(-1) + eps)
         y = (s - mean[..., None]) * rstd[..., None] * (weight.to(wide) + zero_centred)
         y = y if bias is None else y + bias.to(wide)
-        saved = s.to(x.dtype).clone() if residual is not None else x.new_empty(0)
+        saved = s.to(x.dtype) if residual is not None else x.new_empty(0)
         return y.to(x.dtype), saved, mean.flatten() if layer else s.new_empty(0), rstd.flatten()
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     y, s = torch.empty_like(x), torch.empty_like(x) if residual is not None else x.new_empty(0)
@@ -308,7 +274,7 @@ def norm_forward(
 
 @norm_forward.register_fake
 def _(x, weight, bias, residual, eps, layer, zero_centred):
-    rows, wide = x.numel() // x.shape[-1], _wide(x.dtype)
+    rows, wide = x.numel() // x.shape[-1], torch.promote_types(x.dtype, torch.float32)
     s = torch.empty_like(x) if residual is not None else x.new_empty(0)
     return torch.empty_like(x), s, x.new_empty(rows if layer else 0, dtype=wide), x.new_empty(rows, dtype=wide)
 
@@ -326,7 +292,7 @@ def norm_backward(
     zero_centred: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of s, the weight and the bias (empty without one)."""
-    n, rows, wide = s.shape[-1], rstd.numel(), _wide(s.dtype)
+    n, rows, wide = s.shape[-1], rstd.numel(), torch.promote_types(s.dtype, torch.float32)
     if not runs_triton("norm", s):
         flat, dflat = s.reshape(rows, n).to(wide), dy.reshape(rows, n).to(wide)
         normal = (flat - mean[:, None] if layer else flat) * rstd[:, None]
@@ -342,16 +308,13 @@ def norm_backward(
     dweight = s.new_empty(programs, n, dtype=wide)
     dbias = torch.empty_like(dweight) if with_bias else s.new_empty(0, dtype=wide)
     switches = {"N": n, "LAYER": layer, "ZERO_CENTRED": zero_centred}
-    arguments = (dy, ds, s, weight, mean, rstd)
-    grid = (programs,)
-    kernel = _backward
+    sums = s.new_empty(2, rows if n > WIDEST else 0, dtype=wide)
     if n > WIDEST:
-        sums = s.new_empty(2, rows, dtype=wide)
         _row_sums[(rows,)](dy, s, weight, mean, rstd, sums, rows, **switches, BLOCK=plan.block, num_warps=plan.warps)
-        arguments, grid, kernel = (*arguments, sums), (programs, triton.cdiv(n, plan.block)), _backward_wide
-    kernel[grid](
-        *arguments, dx, dweight, dbias, rows, **switches, RESIDUAL=ds is not None, BIAS=with_bias, **plan.options
-    )
+    _backward[programs, triton.cdiv(n, plan.block)](
+        dy, ds, s, weight, mean, rstd, sums, dx, dweight, dbias, rows,
+        **switches, RESIDUAL=ds is not None, BIAS=with_bias, **plan.options,
+    )  # fmt: skip
     return dx, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(weight.dtype) if with_bias else weight.new_empty(0)
 
 
@@ -376,7 +339,3 @@ def _gradients(ctx, dy, ds, dmean, drstd):
 
 
 norm_forward.register_autograd(_gradients, setup_context=_setup)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -59,13 +59,6 @@ class Armillary:
         """Documents, and images with captions for a quarter of the positions; otherwise the same."""
         yield from _batches(loader(folder / "armillary", "greedy", "text", "images"), with_images=False)
 
-    def mixed(self, folder: Path) -> Iterator[int]:
-        """Documents, and images with captions for a quarter of the positions, packed greedily; the images are left as
-        they are."""
-        made = loader(folder / "armillary", "greedy", "text", "images")
-        for rows in _rows(made):
-            yield len(made.batch(rows, with_images=False).tokens_T)
-
     def images(self, folder: Path) -> Iterator[memoryview]:
         made = loader(folder / "armillary", "greedy", "images")
         for part in itertools.chain.from_iterable(_rows(made)):

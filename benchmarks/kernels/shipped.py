@@ -48,14 +48,10 @@ def norms() -> Iterator[Shipped]:
             forward = norm._forward if n <= norm.WIDEST else norm._forward_wide
             yield Shipped(f"{name} forward", forward, (x, x, w, bias, x, x, mean, wide(ROWS), ROWS, 1e-5), more)
             given, results = (x, x, x, w, mean, wide(ROWS)), (x, wide(528, n), wide(528, n) if layer else wide(0), ROWS)
-            if n <= norm.WIDEST:
-                yield Shipped(f"{name} backward", norm._backward, (*given, *results), more)
-                continue
-            yield Shipped(f"{name} backward", norm._backward_wide, (*given, wide(2, ROWS), *results), more)
-            sums = (x, x, w, mean, wide(ROWS), wide(2, ROWS), ROWS)
-            yield Shipped(
-                f"{name} row sums", norm._row_sums, sums, switches | {"BLOCK": plan.block, "num_warps": plan.warps}
-            )
+            yield Shipped(f"{name} backward", norm._backward, (*given, wide(2, ROWS), *results), more)
+            if n > norm.WIDEST:
+                sums, of_row = (x, x, w, mean, wide(ROWS), wide(2, ROWS), ROWS), {"BLOCK": plan.block}
+                yield Shipped(f"{name} row sums", norm._row_sums, sums, switches | of_row | {"num_warps": plan.warps})
 
 
 def elementwise() -> Iterator[Shipped]:
@@ -68,7 +64,7 @@ def elementwise() -> Iterator[Shipped]:
         q, table = tensor(ROWS, HEADS, d), wide(ROWS, 1, d // 2)
         yield Shipped(
             f"rope {d}", rope._turn, (q, table, table, q, HEADS, HEADS * d, d),
-            rope.launch(HEADS, d) | {"BACK": False, "num_warps": rope.WARPS}, {"wide": d % 16 == 0 and d != 80},
+            rope.launch(HEADS, d) | {"BACK": False, "num_warps": rope.WARPS}, {"wide": d != 80},
         )  # fmt: skip
 
 

@@ -59,7 +59,11 @@ def control(change: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [("more than the registers hold", "spills"), ("no matrices", "matrices are multiplied by none")],
+    [
+        ("more than the registers hold", "spills"),
+        ("more than a block's shared memory", "a multiprocessor has no room"),
+        ("no matrices", "matrices are multiplied by none"),
+    ],
 )
 def test_a_kernel_that_is_not_fit_is_found(pool, change, said):
     assert said in "; ".join(pool.submit(control, change).result())
