@@ -14,6 +14,7 @@ from armillary.data_pipeline.native import gather
 from armillary.data_pipeline.shards import Columns
 
 _NONE = np.empty(0, np.int64)
+AT_ONCE = 4  # images that a thread decodes before it asks for more
 
 
 @dataclass(frozen=True)
@@ -212,8 +213,9 @@ def _patches(pieces: Pieces, shape: ImageShape, each: Callable[[Callable, Iterab
         return _no_patches(shape)
     patches = np.empty((len(pieces.images), shape.patches, shape.patch_dim), np.uint8)
 
-    def fill(number: int) -> None:
-        patches[number] = patchify(pieces.images[number], shape, int(pieces.variations[number]) or None)
+    def fill(first: int) -> None:
+        for number in range(first, min(first + AT_ONCE, len(patches))):
+            patchify(pieces.images[number], shape, int(pieces.variations[number]) or None, patches[number])
 
-    collections.deque(each(fill, range(len(patches))), maxlen=0)
+    collections.deque(each(fill, range(0, len(patches), AT_ONCE)), maxlen=0)
     return patches

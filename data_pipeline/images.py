@@ -68,11 +68,17 @@ def _refuse_huge(width: int, height: int) -> None:
         raise ValueError(f"it has {width} x {height} pixels, more than {MAX_PIXELS:,}")
 
 
-def patchify(data: bytes | memoryview | np.ndarray, shape: ImageShape, variation: int | None = None) -> np.ndarray:
-    """Decode an image file into patches: uint8 [patches, patch_dim].
+def patchify(
+    data: bytes | memoryview | np.ndarray,
+    shape: ImageShape,
+    variation: int | None = None,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
+    """Decode an image file into patches: uint8 [patches, patch_dim], those of `out` where it is given.
 
     Row by row; with merging, the patches of one decoder position stand together.
     """
+    out = np.empty((shape.patches, shape.patch_dim), np.uint8) if out is None else out
     pixels = decode(data, shape.size)
     if pixels.shape[:2] != (shape.size, shape.size):
         image = Image.fromarray(pixels)
@@ -80,8 +86,9 @@ def patchify(data: bytes | memoryview | np.ndarray, shape: ImageShape, variation
     if variation is not None:
         pixels = vary(pixels, variation)
     side, m, p = shape.size // (shape.patch * shape.merge), shape.merge, shape.patch
-    cells = pixels.reshape(side, m, p, side, m, p, 3).transpose(0, 3, 1, 4, 2, 5, 6)
-    return cells.reshape(shape.patches, shape.patch_dim)
+    cells = pixels.reshape(side, m, p, side, m, p * 3).transpose(0, 3, 1, 4, 2, 5)
+    out.reshape(cells.shape)[...] = cells  # one copy, straight to where a batch wants it
+    return out
 
 
 def vary(pixels: np.ndarray, variation: int) -> np.ndarray:

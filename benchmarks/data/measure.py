@@ -3,7 +3,8 @@
 WHAT: text (windows of 2,048 tokens, batches of 64); ours alone: packed (documents), written (the same, with the labels,
 positions and masks that follow written out), among and captions (packed, with images among the texts or beside them,
 not decoded); images (files as they are), decoded (in one thread), decoded2 (in two), workers (batches of pixels, made
-by two worker processes of PyTorch's DataLoader, or two threads of ours); limits: gather (a memory map's rows, copied in
+by two worker processes of PyTorch's DataLoader, or two threads of ours), patches (ours alone: the loader's own batches
+of patches, by two threads); limits: gather (a memory map's rows, copied in
 shuffled order), decoder (simplejpeg alone).
 """
 
@@ -19,9 +20,10 @@ from pathlib import Path
 import numpy as np
 import simplejpeg
 
-from benchmarks.data import ours, peers
+from benchmarks.data import corpora, ours, peers
 
 SECONDS = 4.0
+AT_ONCE = 16  # images that a thread decodes before it asks for more
 
 
 def rate(counts: Iterable[int], started: float) -> dict:
@@ -66,14 +68,22 @@ def in_threads(images: Iterable[bytes], threads: int) -> Iterator[int]:
 
 
 def in_batches(images: Iterable[bytes], threads: int) -> Iterator[int]:
-    """Decode in threads, into batches of pixels: what `in_workers` gives."""
+    """Decode in threads, straight into batches of pixels: what `in_workers` gives."""
+
+    def fill(pixels: np.ndarray, held: list[bytes]) -> None:
+        for out, data in zip(pixels, held, strict=True):
+            simplejpeg.decode_jpeg(data, "RGB", buffer=out)
+
     with ThreadPoolExecutor(threads) as pool:
         files = iter(images)
         waiting = collections.deque()
         while held := list(itertools.islice(files, peers.BATCH)):
-            waiting.append([pool.submit(simplejpeg.decode_jpeg, data, "RGB") for data in held])
+            batch = np.empty((len(held), corpora.SIDE, corpora.SIDE, 3), np.uint8)
+            parts = range(0, len(held), AT_ONCE)
+            waiting.append([pool.submit(fill, batch[at : at + AT_ONCE], held[at : at + AT_ONCE]) for at in parts])
             if len(waiting) == 2:
-                yield len(np.stack([one.result() for one in waiting.popleft()]))
+                collections.deque((one.result() for one in waiting.popleft()), maxlen=0)
+                yield peers.BATCH
 
 
 def in_workers(contender, folder: Path) -> Iterator[int]:
@@ -114,6 +124,8 @@ def main() -> None:
                 found = rate(in_threads(contender.images(folder), 2), started)
             case "workers" if name == "armillary":
                 found = rate(in_batches(contender.images(folder), 2), started)
+            case "patches":
+                found = rate(contender.patches(folder, 2), started)
             case "workers":
                 found = rate(in_workers(contender, folder), started)
     print(json.dumps(found))

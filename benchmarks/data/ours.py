@@ -64,18 +64,24 @@ class Armillary:
         for part in itertools.chain.from_iterable(_rows(made)):
             yield from made.locator.pieces(part, with_images=True).images
 
+    def patches(self, folder: Path, threads: int) -> Iterator[int]:
+        """Images a batch of about 64, with their captions, as the model takes them: pixels in the order of patches."""
+        made = loader(folder / "armillary", "greedy", "images", threads=threads)
+        for rows in _rows(made, peers.BATCH * SHAPE.positions // corpora.SEQ_LENGTH):
+            yield len(made.batch(rows).patches_IND)
 
-def loader(path: Path, packing: str, *names: str) -> Loader:
+
+def loader(path: Path, packing: str, *names: str, threads: int = 1) -> Loader:
     weights = {"text": 0.75, "images": 0.25, "interleaved": 1.0}
     sources = [{"kind": "jsonl", "name": name, "path": "benchmarks", "weight": weights[name]} for name in names]
     config = {"path": str(path), "sources": sources, "seq_length": corpora.SEQ_LENGTH, "packing": packing}
-    return Loader(DataConfig.model_validate(config), SHAPE)
+    return Loader(DataConfig.model_validate(config), SHAPE, threads)
 
 
-def _rows(made: Loader) -> Iterator[list]:
+def _rows(made: Loader, count: int = peers.BATCH) -> Iterator[list]:
     cursor = Cursor()
     while True:
-        rows, cursor = made.plan.rows(cursor, peers.BATCH)
+        rows, cursor = made.plan.rows(cursor, count)
         yield rows
 
 

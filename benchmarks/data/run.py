@@ -17,7 +17,7 @@ from rich.table import Table
 
 from benchmarks.data.peers import PEERS
 
-WHAT = ("text", "packed", "among", "captions", "written", "images", "decoded", "decoded2", "workers")
+WHAT = ("text", "packed", "among", "captions", "written", "images", "decoded", "decoded2", "workers", "patches")
 SHARE = ("litdata", "webdataset", "datasets")  # into PyTorch's workers; streaming's wait for each other, and never end
 RESULTS = Path("docs/results/data-bench.json")
 PATIENCE = 300
@@ -75,7 +75,7 @@ def contenders(what: str) -> list[str]:
     """Who can do it."""
     if what == "workers":
         return ["armillary", *SHARE]
-    if what in ("packed", "among", "captions", "written"):
+    if what in ("packed", "among", "captions", "written", "patches"):
         return ["armillary"]
     return [
         "armillary",
