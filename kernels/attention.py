@@ -2,15 +2,17 @@
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from armillary.kernels import attention_kernels as kernels
 from armillary.kernels.arguments import require, require_like
-from armillary.kernels.choose import runs_triton
+from armillary.kernels.attention_tiles import Plan, plan
+from armillary.kernels.choose import runs_triton, target
 
 DELTA = 64  # positions of a program that multiplies outputs with their gradients
 
@@ -84,9 +86,9 @@ def attention(
     reference), float32, bfloat16 or float16. `causal`: a position sees itself and those before it, of these the
     `window` nearest if that is above 0.
     """
-    _check(q, k, v, packing, causal, window)
     if runs_triton("attention", q):
-        return attention_forward(q, k, v, *_tables(packing, q, window), packing.cu_seqlens, causal, window)[0]
+        return attention_and_lse(q, k, v, packing, causal, window)[0]
+    _check(q, k, v, packing, causal, window)
     outputs, (groups, slots) = [], packing.groups(causal)
     for positions, n, longest in groups:
         # Padding repeats a document's last position behind it, where no causal query of the document looks.
@@ -96,6 +98,17 @@ def attention(
         out = F.scaled_dot_product_attention(qg, kg, vg, mask, is_causal=causal and mask is None, enable_gqa=grouped)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).index_select(0, slots)
+
+
+def attention_and_lse(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing, causal: bool = True, window: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `attention`; and the logarithm of each softmax's denominator, [heads, T], float32 (float64 of float64),
+    through which no gradient goes: what two parts of the keys need to be put together."""
+    _check(q, k, v, packing, causal, window)
+    chosen = _plan(q, window)
+    blocks = (packing.blocks(size) for size in (chosen.forward.queries, chosen.queries.queries, chosen.keys.keys))
+    return attention_forward(q, k, v, *blocks, packing.cu_seqlens, causal, window)
 
 
 def _check(q, k, v, packing, causal, window):
@@ -120,37 +133,9 @@ def _seen(document: torch.Tensor, causal: bool, window: int) -> torch.Tensor:
     return seen & (away < window) if window else seen
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """What a program works on: `queries` by `keys` positions at once, with `warps` warps, loads in `stages` stages."""
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
-
-    @property
-    def options(self) -> dict[str, int]:
-        """For a launch."""
-        return {"BM": self.queries, "BN": self.keys, "num_warps": self.warps, "num_stages": self.stages}
-
-
-def tiles(d: int, dtype: torch.dtype, window: int) -> dict[str, Tiles]:
-    """Of the three kernels with loops: no larger than registers hold. The first two share blocks of positions."""
-    if dtype == torch.float32:
-        small = Tiles(32, 32, 4, 1) if d <= 128 else Tiles(16, 16, 4, 1)
-        return {"forward": small, "queries": small, "keys": small}
-    if d <= 64:
-        return {"forward": Tiles(128, 64, 8, 3), "queries": Tiles(128, 64, 8, 2), "keys": Tiles(64, 128, 8, 2)}
-    if d <= 128:
-        keys = Tiles(32, 128, 8, 1 if window else 2)
-        return {"forward": Tiles(128, 64, 8, 3), "queries": Tiles(128, 64, 8, 2), "keys": keys}
-    return {"forward": Tiles(128, 32, 8, 2), "queries": Tiles(128, 32, 8, 1), "keys": Tiles(32, 32, 8, 1)}
-
-
-def _tables(packing: Packing, q: torch.Tensor, window: int) -> tuple[torch.Tensor, torch.Tensor]:
-    chosen = tiles(q.shape[2], q.dtype, window)
-    return packing.blocks(chosen["forward"].queries), packing.blocks(chosen["keys"].keys)
+def _plan(q: torch.Tensor, window: int) -> Plan:
+    found = plan(q.shape[2], q.dtype, window, target(q.device))
+    return found if q.shape[2] * q.element_size() % 16 == 0 else replace(found, tma=False)
 
 
 def switches(q: torch.Tensor, k: torch.Tensor, causal: bool, window: int) -> dict[str, object]:
@@ -158,7 +143,7 @@ def switches(q: torch.Tensor, k: torch.Tensor, causal: bool, window: int) -> dic
     d, precision = q.shape[2], "ieee" if q.dtype == torch.float32 else "tf32"
     return {
         "GROUP": q.shape[1] // k.shape[1], "CAUSAL": causal, "WINDOW": window, "PRECISION": precision,
-        "D": d, "DP": max(triton.next_power_of_2(d), 16),
+        "D": d, "DP": head_block(d),
     }  # fmt: skip
 
 
@@ -176,16 +161,15 @@ def attention_forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    blocks: torch.Tensor,
     query_blocks: torch.Tensor,
     key_blocks: torch.Tensor,
     cu_seqlens: torch.Tensor,
     causal: bool,
     window: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `attention`; and the logarithm of each softmax's denominator, [heads, T], float32 (float64 of float64).
-
-    query_blocks, key_blocks: Packing.blocks of the sizes in `tiles`; the latter is for the backward.
-    """
+    """See `attention_and_lse`. The blocks are Packing.blocks of the sizes in the plan: the forward's, and those of the
+    backward of queries and of keys."""
     if not runs_triton("attention", q):
         scores = _scores(q, k, cu_seqlens, causal, window)
         wide_v = v.to(scores.dtype).repeat_interleave(q.shape[1] // v.shape[1], 1)
@@ -193,15 +177,18 @@ def attention_forward(
         return o.to(q.dtype).contiguous(), scores.logsumexp(-1)
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     o, lse = q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    kernels.forward[len(query_blocks), q.shape[1]](
-        q, k, v, o, lse, query_blocks, _scale(q), q.shape[0], *_strides(q, k, v),
-        **switches(q, k, causal, window), **tiles(q.shape[2], q.dtype, window)["forward"].options,
+    chosen, given = _plan(q, window), (q, k, v)
+    if chosen.tma:
+        given = [descriptor(x, count) for x, count in zip(given, chosen.rows, strict=True)]
+    kernels.forward[len(blocks), q.shape[1]](
+        *given, o, lse, blocks, _scale(q), q.shape[0], *_strides(q, k, v),
+        **switches(q, k, causal, window), **chosen.of_forward,
     )  # fmt: skip
     return o, lse
 
 
 @attention_forward.register_fake
-def _(q, k, v, query_blocks, key_blocks, cu_seqlens, causal, window):
+def _(q, k, v, blocks, query_blocks, key_blocks, cu_seqlens, causal, window):
     wide = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=wide)
 
@@ -214,6 +201,7 @@ def attention_backward(
     v: torch.Tensor,
     o: torch.Tensor,
     lse: torch.Tensor,
+    blocks: torch.Tensor,
     query_blocks: torch.Tensor,
     key_blocks: torch.Tensor,
     cu_seqlens: torch.Tensor,
@@ -224,23 +212,23 @@ def attention_backward(
     if not runs_triton("attention", q):
         return _reference_backward(do, q, k, v, o, lse, cu_seqlens, causal, window)
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
-    do, chosen, same = do.contiguous(), tiles(q.shape[2], q.dtype, window), switches(q, k, causal, window)
+    do, chosen, same = do.contiguous(), _plan(q, window), switches(q, k, causal, window)
     dq, dk, dv, delta = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), torch.empty_like(lse)
     kernels.delta[triton.cdiv(q.shape[0], DELTA), q.shape[1]](
         o, do, delta, q.shape[0], D=same["D"], DP=same["DP"], BM=DELTA
     )
     shared = (query_blocks, _scale(q), q.shape[0], *_strides(q, k, v))
     kernels.backward_keys[len(key_blocks), k.shape[1]](
-        q, k, v, do, lse, delta, dk, dv, key_blocks, *shared[1:], **same, **chosen["keys"].options
+        q, k, v, do, lse, delta, dk, dv, key_blocks, *shared[1:], **same, **chosen.keys.options
     )
     kernels.backward_queries[len(query_blocks), q.shape[1]](
-        q, k, v, do, lse, delta, dq, *shared, **same, **chosen["queries"].options
+        q, k, v, do, lse, delta, dq, *shared, **same, **chosen.queries.options
     )
     return dq, dk, dv
 
 
 @attention_backward.register_fake
-def _(do, q, k, v, o, lse, query_blocks, key_blocks, cu_seqlens, causal, window):
+def _(do, q, k, v, o, lse, blocks, query_blocks, key_blocks, cu_seqlens, causal, window):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -263,10 +251,27 @@ def _setup(ctx, inputs, output):
 
 
 def _gradients(ctx, do, _):
-    return *attention_backward(do, *ctx.saved_tensors, ctx.causal, ctx.window), None, None, None, None, None
+    return *attention_backward(do, *ctx.saved_tensors, ctx.causal, ctx.window), *[None] * 6
 
 
 attention_forward.register_autograd(_gradients, setup_context=_setup)
+
+
+def descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
+    """Of q, k or v, for loads of `rows` positions of one head by TMA: which wants multiples of 16 bytes.
+
+    Of two axes, [T, heads * d], or of three where d is padded: what is behind a head is then 0, not the next one."""
+    d = x.shape[2]
+    if any(number % 16 for number in (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:2]))):
+        x = x.contiguous()
+    if d != head_block(d):
+        return TensorDescriptor.from_tensor(x, [rows, 1, head_block(d)])
+    return TensorDescriptor.from_tensor((x if x.stride(1) == d else x.contiguous()).flatten(1), [rows, d])
+
+
+def head_block(d: int) -> int:
+    """A head's dimensions as a kernel has them: a power of two, and no less than a multiplication of matrices takes."""
+    return max(triton.next_power_of_2(d), 16)
 
 
 def _scale(q: torch.Tensor) -> float:

@@ -2,6 +2,9 @@
 
 A row of `blocks` (int32 [3]) is a block of one document: where the document starts, its length, and the block's first
 position in it. Exponents are of 2, so `scale` has log2(e) in it. Offsets along positions are of 64 bits.
+
+With TMA, q, k and v come as descriptors of [positions, heads, D], whose blocks have all of a head's dimensions: rows
+behind a document's end are then another document's, and only masks of scores keep them out.
 """
 
 import triton
@@ -28,6 +31,21 @@ def _load(ptr, row, stride, inside, MASKED: tl.constexpr, D: tl.constexpr, DP: t
 
 
 @triton.jit
+def _rows(
+    ptr, begin, near, head, stride_t, stride_h, inside, MASKED: tl.constexpr, TMA: tl.constexpr, D: tl.constexpr,
+    DP: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Rows begin + near of a head, [ROWS, DP], by descriptor or by pointers; `begin` is of 64 bits."""
+    if TMA and D == DP:
+        rows = ptr.load([begin.to(tl.int32), head * D])
+    elif TMA:
+        rows = ptr.load([begin.to(tl.int32), head, 0]).reshape(ROWS, DP)
+    else:
+        rows = _load(ptr + begin * stride_t + head * stride_h, near, stride_t, inside, MASKED, D, DP)
+    return rows
+
+
+@triton.jit
 def _seen(row, column, length, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
     """Which positions see which: broadcast over row and column."""
     seen = (row < length) & (column < length)
@@ -40,16 +58,16 @@ def _seen(row, column, length, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
 
 @triton.jit
 def _attend(
-    o, total, peak, q, k_ptr, v_ptr, stride_k, stride_v, low, high, row, length, scale,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
+    o, total, peak, q, k_ptr, v_ptr, start, group, stride_kt, stride_kh, stride_vt, stride_vh, low, high, row, length,
+    scale, MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr, SPECIALISED: tl.constexpr,
 ):  # fmt: skip
-    """The keys [low, high) of the online softmax."""
+    """The keys [low, high) of the online softmax; of a document that begins at `start`, of 64 bits."""
     near = tl.arange(0, BN)
-    for begin in tl.range(low, high, BN):
+    for begin in tl.range(low, high, BN, warp_specialize=SPECIALISED):
         column = begin + near
-        away = tl.cast(begin, tl.int64)
-        k = _load(k_ptr + away * stride_k, near, stride_k, column < length, MASKED, D, DP)
+        at = start + begin
+        k = _rows(k_ptr, at, near, group, stride_kt, stride_kh, column < length, MASKED, TMA, D, DP, BN)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if MASKED:
             s = tl.where(_seen(row[:, None], column[None, :], length, CAUSAL, WINDOW), s, float("-inf"))
@@ -61,7 +79,7 @@ def _attend(
         decay = tl.exp2(peak - shift)
         total = total * decay + tl.sum(p, 1)
         o = o * decay[:, None]
-        v = _load(v_ptr + away * stride_v, near, stride_v, column < length, MASKED, D, DP)
+        v = _rows(v_ptr, at, near, group, stride_vt, stride_vh, column < length, MASKED, TMA, D, DP, BN)
         o = tl.dot(p.to(v.dtype), v, o, input_precision=PRECISION)
         peak = higher
     return o, total, peak
@@ -73,18 +91,15 @@ def forward(
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    TMA: tl.constexpr, SPECIALISED: tl.constexpr,
 ):  # fmt: skip
     """o [positions, heads, D], contiguous; lse [heads, positions], of base e."""
-    start, length, first = _block(blocks_ptr)
-    if first >= length:
-        return
+    start, length, first = _block(blocks_ptr)  # an unused block has no key, and stores nothing
     head = tl.program_id(1)
-    row = first + tl.arange(0, BM)
-    q = _load(
-        q_ptr + (start + first) * stride_qt + head * stride_qh, tl.arange(0, BM), stride_qt, row < length, True, D, DP
-    )
-    k_ptr += start * stride_kt + (head // GROUP) * stride_kh
-    v_ptr += start * stride_vt + (head // GROUP) * stride_vh
+    group = head // GROUP
+    near = tl.arange(0, BM)
+    row = first + near
+    q = _rows(q_ptr, start + first, near, head, stride_qt, stride_qh, row < length, True, TMA, D, DP, BM)
 
     # Of the keys [low, high) that some row of the block sees, [whole, edge) are seen by all of its rows.
     low = 0
@@ -101,20 +116,25 @@ def forward(
     peak = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     o = tl.zeros([BM, DP], tl.float32)
-    if WINDOW > 0:
+    if SPECIALISED:  # the compiler gives warps their own work where there is one loop, and no other
         o, total, peak = _attend(
-            o, total, peak, q, k_ptr, v_ptr, stride_kt, stride_vt, low, tl.minimum(whole, high), row, length, scale,
-            True, CAUSAL, WINDOW, PRECISION, D, DP, BN,
+            o, total, peak, q, k_ptr, v_ptr, start, group, stride_kt, stride_kh, stride_vt, stride_vh,
+            low, high, row, length, scale, True, CAUSAL, WINDOW, PRECISION, D, DP, BN, TMA, True,
         )  # fmt: skip
-    o, total, peak = _attend(
-        o, total, peak, q, k_ptr, v_ptr, stride_kt, stride_vt, whole, edge, row, length, scale,
-        False, CAUSAL, WINDOW, PRECISION, D, DP, BN,
-    )  # fmt: skip
-    o, total, peak = _attend(
-        o, total, peak, q, k_ptr, v_ptr, stride_kt, stride_vt, edge, high, row, length, scale,
-        True, CAUSAL, WINDOW, PRECISION, D, DP, BN,
-    )  # fmt: skip
-
+    else:
+        if WINDOW > 0:
+            o, total, peak = _attend(
+                o, total, peak, q, k_ptr, v_ptr, start, group, stride_kt, stride_kh, stride_vt, stride_vh, low,
+                tl.minimum(whole, high), row, length, scale, True, CAUSAL, WINDOW, PRECISION, D, DP, BN, TMA, False,
+            )  # fmt: skip
+        o, total, peak = _attend(
+            o, total, peak, q, k_ptr, v_ptr, start, group, stride_kt, stride_kh, stride_vt, stride_vh,
+            edge, high, row, length, scale, True, CAUSAL, WINDOW, PRECISION, D, DP, BN, TMA, False,
+        )  # fmt: skip
+        o, total, peak = _attend(  # the longest loop last: so it takes the fewest registers
+            o, total, peak, q, k_ptr, v_ptr, start, group, stride_kt, stride_kh, stride_vt, stride_vh,
+            whole, edge, row, length, scale, False, CAUSAL, WINDOW, PRECISION, D, DP, BN, TMA, False,
+        )  # fmt: skip
     total = tl.where(total == 0.0, 1.0, total)  # of a row without a key: o is 0, lse the least there is
     o = o / total[:, None]
     d = tl.arange(0, DP)

@@ -1,18 +1,18 @@
 """Which implementation of an operation runs: Triton's kernel, or the reference in plain PyTorch.
 
-ARMILLARY_KERNELS forces references: `reference` all of them, `reference:norm,rope` some.
+See `forced` for how to have references.
 """
 
+import functools
 import os
 from dataclasses import dataclass
 
 import torch
 import triton
 
-from armillary.errors import JobError
+from armillary.kernels.forced import VARIABLE, forced
 
-OPERATIONS = ("attention", "cross_entropy", "norm", "rope", "swiglu")
-VARIABLE = "ARMILLARY_KERNELS"
+FORCED = forced(os.environ.get(VARIABLE, ""))
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: kernels run on CPU, slowly, for tests
 if INTERPRETED:
     from armillary.kernels.interpreter import install
@@ -27,21 +27,6 @@ class Choice:
     implementation: str
     reason: str
     forced: bool = False
-
-
-def forced(value: str) -> frozenset[str]:
-    """The operations that a value of ARMILLARY_KERNELS forces to their references; JobError if it means nothing."""
-    head, _, names = value.partition(":")
-    chosen = frozenset(names.split(",")) if names else frozenset(OPERATIONS if head == "reference" else ())
-    if (value and head != "reference") or not chosen <= set(OPERATIONS):
-        raise JobError(
-            f"{VARIABLE}={value} means nothing", "the environment",
-            f"set it to reference, or to reference:NAME,NAME of {', '.join(OPERATIONS)}",
-        )  # fmt: skip
-    return chosen
-
-
-FORCED = forced(os.environ.get(VARIABLE, ""))
 
 
 def choose(operation: str, on_gpu: bool, dtype: torch.dtype) -> Choice:
@@ -65,3 +50,13 @@ def runs_triton(operation: str, x: torch.Tensor) -> bool:
 def processors(device: torch.device) -> int:
     """How many streaming multiprocessors a GPU has; 2 for the interpreter, so that tests see several programs."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+@functools.cache
+def target(device: torch.device) -> str:
+    """Of the GPUs that kernels are laid out for, the one that a GPU is nearest to; Hopper for what is no GPU."""
+    if device.type != "cuda":
+        return "sm_90"
+    if torch.version.hip:
+        return "gfx942"
+    return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(device)[0], "sm_80")

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from armillary.kernels.arguments import require, require_like
+from armillary.kernels.attention import head_block
 from armillary.kernels.attention_kernels import _attend, _load
 from armillary.kernels.choose import processors, runs_triton
 
@@ -57,14 +58,14 @@ def _parts(
     mine = tl.arange(0, GP)
     at = (sequence * tl.num_programs(1) + group) * GROUP
     q = _load(q_ptr + at * D, mine, D, mine < GROUP, True, D, DP)
-    k_ptr += sequence * stride_kn + group * stride_kh
-    v_ptr += sequence * stride_vn + group * stride_vh
+    k_ptr += sequence * stride_kn
+    v_ptr += sequence * stride_vn
     peak = tl.full([GP], float("-inf"), tl.float32)
     total = tl.zeros([GP], tl.float32)
     o = tl.zeros([GP, DP], tl.float32)
     o, total, peak = _attend(
-        o, total, peak, q, k_ptr, v_ptr, stride_kt, stride_vt, low, high, mine * 0, high, scale,
-        True, False, 0, PRECISION, D, DP, BN,
+        o, total, peak, q, k_ptr, v_ptr, sequence * 0, group, stride_kt, stride_kh, stride_vt, stride_vh,
+        low, high, mine * 0, high, scale, True, False, 0, PRECISION, D, DP, BN, False, False,
     )  # fmt: skip
     total = tl.where(total == 0.0, 1.0, total)
     d = tl.arange(0, DP)
@@ -99,6 +100,13 @@ def split(q: torch.Tensor, k: torch.Tensor) -> tuple[int, int]:
     return triton.cdiv(k.shape[1], span), span
 
 
+def options(group: int, d: int, dtype: torch.dtype) -> dict[str, object]:
+    """Of a launch of `_parts`."""
+    precision = "ieee" if dtype == torch.float32 else "tf32"
+    return {"GP": max(triton.next_power_of_2(group), 16), "PRECISION": precision, "DP": head_block(d), "BN": KEYS,
+            "num_warps": WARPS, "num_stages": STAGES}  # fmt: skip
+
+
 @torch.library.custom_op("armillary::decode_forward", mutates_args=())
 def decode_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """See `decode_attention`."""
@@ -106,16 +114,14 @@ def decode_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: t
         return _reference(q, k, v, lengths)
     q, k, v = q.contiguous(), *(x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
     (n, heads, d), groups, (parts, span) = q.shape, k.shape[2], split(q, k)
-    group, dp = heads // groups, max(triton.next_power_of_2(d), 16)
+    group = heads // groups
     o = q.new_empty(n, groups, parts, group, d, dtype=torch.float32)
     lse, out = q.new_empty(n, groups, parts, group, dtype=torch.float32), torch.empty_like(q)
     _parts[n, groups, parts](
         q, k, v, lengths, o, lse, 1 / math.sqrt(d) / math.log(2), *k.stride()[:3], *v.stride()[:3], span,
-        GROUP=group, GP=max(triton.next_power_of_2(group), 16),
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        D=d, DP=dp, BN=KEYS, num_warps=WARPS, num_stages=STAGES,
+        GROUP=group, D=d, **options(group, d, q.dtype),
     )  # fmt: skip
-    _join[(n * heads,)](o, lse, out, parts, GROUP=group, PARTS=triton.next_power_of_2(parts), D=d, DP=dp)
+    _join[(n * heads,)](o, lse, out, parts, GROUP=group, PARTS=triton.next_power_of_2(parts), D=d, DP=head_block(d))
     return out
 
 

@@ -233,7 +233,7 @@ class Tiles:
 def tiles(n: int) -> Tiles:
     """A whole row, or several of them, if a program can hold them; else a tile of one."""
     if n > WIDEST:
-        return Tiles(TILE, 1, 4)
+        return Tiles(TILE, 1, 8)
     block = triton.next_power_of_2(n)
     rows = max(1, min(AT_ONCE // block, 16))
     return Tiles(block, rows, max(1, min(rows * block // 512, 16)))

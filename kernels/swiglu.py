@@ -8,7 +8,7 @@ import triton.language as tl
 from armillary.kernels.arguments import require
 from armillary.kernels.choose import runs_triton
 
-BLOCK, WARPS = 1024, 4
+BLOCK, WARPS = 2048, 4
 
 
 def swiglu(x: torch.Tensor) -> torch.Tensor:

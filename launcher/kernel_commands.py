@@ -6,6 +6,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from armillary.kernels.forced import OPERATIONS, VARIABLE
 from armillary.launcher.arguments import AsJson
 
 app = typer.Typer(help="Look at the kernels.", no_args_is_help=True)
@@ -21,7 +22,7 @@ def list_kernels(as_json: AsJson = False) -> None:
     """Each operation: what runs on this machine and why, and how to have the other implementation."""
     import torch
 
-    from armillary.kernels.choose import OPERATIONS, VARIABLE, choose
+    from armillary.kernels.choose import choose
 
     found = []
     for operation in OPERATIONS:

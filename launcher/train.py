@@ -17,6 +17,7 @@ from armillary.data_pipeline.shards import read_manifest as read_data_manifest
 from armillary.data_pipeline.sources.easy_vqa import easy_vqa_questions
 from armillary.data_pipeline.verify import check_files
 from armillary.errors import ArmillaryError, DataError, JobError
+from armillary.kernels.forced import VARIABLE, forced
 from armillary.launcher.driver import Outcome, drive
 from armillary.launcher.job import Job
 from armillary.launcher.plot import plot_loss
@@ -90,6 +91,7 @@ def check_data(run: Run, job: Job) -> None:
 
 def start(job: Job, run_dir: Path | None, stop_at: int, console: Console) -> Summary:
     """Train a new run; a start that the user can put right leaves no directory behind."""
+    forced(os.environ.get(VARIABLE, ""))
     until, job = until_step(job, stop_at, done=0), job.with_absolute_paths()
     for warning in job.warnings():
         console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
@@ -109,6 +111,7 @@ def start(job: Job, run_dir: Path | None, stop_at: int, console: Console) -> Sum
 
 def resume(path: Path, overrides: list[str], stop_at: int, console: Console) -> Summary:
     """Go on with a run from its latest checkpoint, on the layout that the overrides ask for."""
+    forced(os.environ.get(VARIABLE, ""))
     run = Run.open(path)
     with run.locked():
         job = resumable_job(run, run.job(overrides).with_absolute_paths())

@@ -11,6 +11,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from armillary.kernels.cross_entropy import linear_cross_entropy
 from armillary.model.config import ModelConfig
 from armillary.model.layers import KVCache, PackedContext, block_spec, no_init, transformer_config
 
@@ -63,8 +64,8 @@ class Projector(MegatronModule):
 class MultimodalModel(MegatronModule):
     """This rank's part of the model. The first pipeline stage holds embedding, image encoder and projector.
 
-    Call it with Inputs: the last stage returns logits [T, 1, vocab / tensor], the others hidden states
-    [T (/ tensor under sequence parallelism), 1, hidden]. Needs Megatron-core's parallel state.
+    Call it with Inputs: the last stage returns logits [T, 1, vocab / tensor] or, for `losses`, hidden states as the
+    others do: [T (/ tensor under sequence parallelism), 1, hidden]. Needs Megatron-core's parallel state.
     """
 
     model_type = ModelType.encoder_or_decoder
@@ -122,8 +123,9 @@ class MultimodalModel(MegatronModule):
         cache: KVCache | None = None,
         cache_rows: torch.Tensor | None = None,
         decode: bool = False,
+        logits: bool = True,
     ) -> torch.Tensor:
-        """Logits of a whole or last stage, hidden states of another; see the class.
+        """Logits of a whole or last stage if they are wanted, else hidden states; see the class.
 
         cache: keys and values are written to it, position t's to its sequence cache_rows[t] (int64 [T]).
         decode: each of the T positions is the one new token of its sequence and sees what the cache holds of it.
@@ -139,7 +141,20 @@ class MultimodalModel(MegatronModule):
         )
         hidden = self.embed(inputs) if self.pre_process else None
         hidden = self.decoder(hidden, attention_mask=None, packed_seq_params=context)
-        return self.output(hidden)[0] if self.post_process else hidden
+        return self.output(hidden)[0] if self.post_process and logits else hidden
+
+    def losses(
+        self, hidden: torch.Tensor, labels_T: torch.Tensor, weights_T: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum of weights_T * losses, and losses, float32 [T] without a gradient: each position's cross entropy with
+        labels_T (int64), in nats. `hidden`: what the last stage returns with logits=False; its logits are never whole.
+        """
+        if self.config.sequence_parallel:
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden)
+        else:
+            hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
+        group = parallel_state.get_tensor_model_parallel_group()
+        return linear_cross_entropy(hidden[:, 0], self.output.weight, labels_T, weights_T, group=group)
 
     def embed(self, inputs: Inputs) -> torch.Tensor:
         """Token embeddings with the images' features in their places: [T, 1, hidden], scattered over tensor
@@ -163,8 +178,3 @@ class MultimodalModel(MegatronModule):
         """Pixels (uint8) as the image encoder takes them: (pixel / 255 - image_mean) / image_std, params dtype."""
         pixels = patches.float() / 255
         return ((pixels - self.model.image_mean) / self.model.image_std).to(self.config.params_dtype)
-
-
-def token_losses(logits: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of each position, float32 [T], from vocabulary-sharded logits [T, 1, vocab / tensor]."""
-    return tensor_parallel.vocab_parallel_cross_entropy(logits.float(), labels_T[:, None])[:, 0]

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from armillary.model.multimodal import MultimodalModel, token_losses
+from armillary.model.multimodal import MultimodalModel
 from armillary.training.delivery import DeviceStep
 from armillary.training.engine import Engine
 
@@ -50,14 +50,14 @@ def train_step(
     def forward(batches, model):
         batch = next(batches)
 
-        def loss(logits):
+        def loss(hidden):
             mask_T = batch.loss_mask_T
-            losses_T = token_losses(logits, batch.labels_T) * mask_T
+            total, losses_T = model.losses(hidden, batch.labels_T, mask_T * scale)
             of_source_TS = batch.source_ids_T[:, None] == torch.arange(sources, device=device)
-            sums_2S = torch.stack([losses_T.detach(), mask_T]).double() @ of_source_TS.double()
-            return losses_T.sum() * scale, mask_T.sum().int(), sums_2S
+            sums_2S = torch.stack([losses_T * mask_T, mask_T]).double() @ of_source_TS.double()
+            return total, mask_T.sum().int(), sums_2S
 
-        return model(batch.inputs), loss
+        return model(batch.inputs, logits=False), loss
 
     sums = get_forward_backward_func()(
         forward_step_func=forward,

@@ -156,7 +156,7 @@ def _of_amd(found) -> Facts:
     return Facts(
         target="gfx942",
         registers=registers,
-        spills=number("vgpr_spill_count") + number("sgpr_spill_count"),
+        spills=number("vgpr_spill_count") + number("private_segment_fixed_size"),  # scalars spill to vector registers
         shared=shared,
         blocks=min(waves // found.metadata.num_warps, 64 * KIB // max(shared, 1)),
         tensor_cores="mfma" if "v_mfma" in code else "none",

@@ -24,7 +24,7 @@ from benchmarks.kernels.shipped import shipped
 def examine(job: tuple[str, str]) -> dict:
     """A kernel's facts for a target, and its problems: by its name."""
     name, target = job
-    one = next(one for one in shipped() if one.name == name)
+    one = next(one for one in shipped(target) if one.name == name)
     try:
         facts = compiled(one.kernel, target, one.arguments, one.switches)
     except Exception as error:  # what the compiler raises is of any kind
@@ -39,7 +39,7 @@ def main() -> None:
     options.add_argument("--json", action="store_true")
     options.add_argument("--golden", type=Path, help="write each kernel's registers to this file, for the tests")
     args = options.parse_args()
-    jobs = [(one.name, target) for target in args.targets for one in shipped() if re.search(args.only, one.name)]
+    jobs = [(one.name, target) for target in args.targets for one in shipped(target) if re.search(args.only, one.name)]
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         results = pool.map(examine, jobs)
         found = list(track(results, "compiling", len(jobs), console=Console(stderr=True), transient=True))

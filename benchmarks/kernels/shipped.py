@@ -1,12 +1,23 @@
 """Every kernel in every configuration that is shipped, as launches of a model of bfloat16 would have it."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 import triton
 
-from armillary.kernels import attention, attention_kernels, norm, rope, swiglu
+from armillary.kernels import (
+    adamw,
+    attention,
+    attention_kernels,
+    attention_tiles,
+    cross_entropy,
+    decode,
+    norm,
+    rope,
+    swiglu,
+)
 
 ROWS, HEADS, GROUPS = 8192, 32, 8
 
@@ -30,11 +41,14 @@ def wide(*shape: int) -> torch.Tensor:
     return tensor(*shape, dtype=torch.float32)
 
 
-def shipped() -> Iterator[Shipped]:
-    """All of them."""
+def shipped(target: str) -> Iterator[Shipped]:
+    """All of them, for one of `choose.target`'s GPUs."""
     yield from norms()
     yield from elementwise()
-    yield from attentions()
+    yield from losses()
+    yield from optimizers()
+    yield from attentions(target)
+    yield from decoders()
 
 
 def norms() -> Iterator[Shipped]:
@@ -68,24 +82,75 @@ def elementwise() -> Iterator[Shipped]:
         )  # fmt: skip
 
 
-def attentions() -> Iterator[Shipped]:
-    for d in (64, 80, 96, 128, 256):
-        q, k, lse = tensor(ROWS, HEADS, d), tensor(ROWS, GROUPS, d), wide(HEADS, ROWS)
-        blocks = tensor(ROWS // 64, 3, dtype=torch.int32)
-        strides = (HEADS * d, d, GROUPS * d, d, GROUPS * d, d)
-        for causal, window in ((True, 0), (False, 0), (True, 4096)):
-            switches, plan = attention.switches(q, k, causal, window), attention.tiles(d, torch.bfloat16, window)
-            name = f"attention {d} {'causal' if causal else 'full'}{f' window {window}' if window else ''}"
-            tail, asks = (0.1275, ROWS, *strides), {"dot": True}
+def losses() -> Iterator[Shipped]:
+    for entries in (50304, 131072):
+        logits, row, labels = tensor(ROWS, entries), wide(ROWS), tensor(ROWS, dtype=torch.int64)
+        switches = {"V": entries, "BLOCK": cross_entropy.BLOCK, "num_warps": cross_entropy.WARPS}
+        name = f"cross_entropy {entries}"
+        yield Shipped(f"{name} statistics", cross_entropy._statistics, (logits, labels, wide(4, ROWS), ROWS), switches)
+        yield Shipped(
+            f"{name} gradient", cross_entropy._gradient, (logits, labels, row, row, 1e-4, 0.1, 0.1 / entries), switches
+        )
+
+
+def optimizers() -> Iterator[Shipped]:
+    tables = [tensor(ROWS, dtype=torch.int64)] * 4
+    switches = {"ALIGNED": 16, "BLOCK": adamw.BLOCK, "num_warps": adamw.WARPS}
+    for name, weight, gradient, more in (
+        ("float32", wide(ROWS), wide(ROWS), {"COPIES": False, "STOCHASTIC": False}),
+        ("float32 with copies", wide(ROWS), tensor(ROWS), {"COPIES": True, "STOCHASTIC": False}),
+        ("bfloat16 by chance", tensor(ROWS), tensor(ROWS), {"COPIES": False, "STOCHASTIC": True}),
+    ):
+        given = (*tables, weight, gradient, wide(ROWS), wide(ROWS), tensor(ROWS) if more["COPIES"] else weight)
+        yield Shipped(f"adamw {name}", adamw._step, (*given, 1.0, 1e-3, 0.9, 0.95, 1.0, 1e-8, 7), switches | more)
+
+
+def decoders() -> Iterator[Shipped]:
+    for d in (64, 128, 256):
+        q, k, group = tensor(64, HEADS, d), tensor(64, ROWS, GROUPS, d), HEADS // GROUPS
+        o, lse = wide(64, GROUPS, 8, group, d), wide(64, GROUPS, 8, group)
+        yield Shipped(
+            f"decode {d}", decode._parts,
+            (q, k, k, tensor(64, dtype=torch.int64), o, lse, 0.1275, *k.stride()[:3], *k.stride()[:3], 1024),
+            {"GROUP": group, "D": d, **decode.options(group, d, q.dtype)},
+        )  # fmt: skip
+        yield Shipped(
+            f"decode {d}, joined", decode._join, (o, lse, q, 8),
+            {"GROUP": group, "PARTS": 8, "D": d, "DP": d}, {"wide": False},
+        )  # fmt: skip
+
+
+def attentions(target: str) -> Iterator[Shipped]:
+    for d, (causal, window), dtype in itertools.chain(
+        itertools.product((64, 80, 96, 128, 256), ((True, 0), (False, 0), (True, 4096)), (torch.bfloat16,)),
+        itertools.product((64, 128, 256), ((True, 0),), (torch.float32,)),
+    ):
+        q, k = tensor(ROWS, HEADS, d, dtype=dtype), tensor(ROWS, GROUPS, d, dtype=dtype)
+        lse, blocks = wide(HEADS, ROWS), tensor(ROWS // 64, 3, dtype=torch.int32)
+        switches, plan = attention.switches(q, k, causal, window), attention_tiles.plan(d, dtype, window, target)
+        name = f"attention {d} {'causal' if causal else 'full'}{f' window {window}' if window else ''}"
+        name += " of float32" if dtype == torch.float32 else ""
+        tail = (0.1275, ROWS, HEADS * d, d, GROUPS * d, d, GROUPS * d, d)
+        asks, given = {"dot": dtype == torch.bfloat16}, (q, k, k)
+        if plan.tma:
+            given = [attention.descriptor(x, count) for x, count in zip(given, plan.rows, strict=True)]
+        yield Shipped(
+            f"{name} forward", attention_kernels.forward, (*given, q, lse, blocks, *tail),
+            switches | plan.of_forward, asks | {"tma": plan.tma, "specialised": plan.specialised},
+        )  # fmt: skip
+        if target == "sm_90" and causal and d in (64, 128) and dtype == torch.bfloat16:
+            special = attention_tiles.SPECIALISED
+            given = [attention.descriptor(x, count) for x, count in zip((q, k, k), special.rows, strict=True)]
             yield Shipped(
-                f"{name} forward", attention_kernels.forward, (q, k, k, q, lse, blocks, *tail),
-                switches | plan["forward"].options, asks,
+                f"{name} forward, specialised", attention_kernels.forward, (*given, q, lse, blocks, *tail),
+                switches | special.of_forward, asks | {"tma": True, "specialised": True},
             )  # fmt: skip
-            yield Shipped(
-                f"{name} backward, keys", attention_kernels.backward_keys,
-                (q, k, k, q, lse, lse, k, k, blocks, *tail), switches | plan["keys"].options, {"dot": d < 256},
-            )  # fmt: skip
-            yield Shipped(
-                f"{name} backward, queries", attention_kernels.backward_queries,
-                (q, k, k, q, lse, lse, q, blocks, *tail), switches | plan["queries"].options, asks,
-            )  # fmt: skip
+        yield Shipped(
+            f"{name} backward, keys", attention_kernels.backward_keys,
+            (q, k, k, q, lse, lse, k, k, blocks, *tail), switches | plan.keys.options,
+            asks if (d, target) != (256, "sm_90") else {},  # tiles for wgmma take more registers than there are
+        )  # fmt: skip
+        yield Shipped(
+            f"{name} backward, queries", attention_kernels.backward_queries,
+            (q, k, k, q, lse, lse, q, blocks, *tail), switches | plan.queries.options, asks,
+        )  # fmt: skip

@@ -3,7 +3,8 @@ import torch
 
 from armillary.errors import JobError
 from armillary.kernels import choose as chosen
-from armillary.kernels.choose import OPERATIONS, choose, forced
+from armillary.kernels.choose import choose
+from armillary.kernels.forced import OPERATIONS, forced
 
 
 def test_a_gpu_has_the_kernels_and_the_processor_the_references(monkeypatch):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from armillary.kernels.attention import Packing, attention, attention_backward, attention_forward
+from armillary.kernels.adamw import adamw, adamw_step
+from armillary.kernels.attention import Packing, attention, attention_and_lse, attention_backward, attention_forward
 from armillary.kernels.cross_entropy import cross_entropy_gradient, cross_entropy_statistics, linear_cross_entropy
 from armillary.kernels.decode import decode_attention, decode_forward
 from armillary.kernels.norm import layer_norm, norm_backward, norm_forward, rms_norm
@@ -27,8 +28,11 @@ def qkv(t=T, **kwargs):
 
 
 def attended(q, k, v, causal=True, window=0):
-    packed = packing(3, 4)
-    return attention_forward(q, k, v, packed.blocks(32), packed.blocks(32), packed.cu_seqlens, causal, window)
+    return attention_and_lse(q, k, v, packing(3, 4), causal, window)
+
+
+def tables(packed):
+    return packed.blocks(64), packed.blocks(32), packed.blocks(16), packed.cu_seqlens
 
 
 TABLE = rope_table(torch.arange(T), D, 100.0)
@@ -39,7 +43,7 @@ CASES = {
     "rope_turn": (rope_turn, lambda: (drawn(T, HEADS, D), *TABLE, False)),
     "attention_forward": (
         attention_forward,
-        lambda: (*qkv(), packing(3, 4).blocks(32), packing(3, 4).blocks(32), packing(3, 4).cu_seqlens, True, 2),
+        lambda: (*qkv(), *tables(packing(3, 4)), True, 2),
     ),
 }
 
@@ -56,12 +60,29 @@ def test_registrations_without_a_gradient():
     torch.library.opcheck(swiglu_backward, (x, x[:, :3].clone()))
     q, k, v = (one.detach() for one in qkv())
     o, lse = attended(q, k, v)
-    tables = (packing(3, 4).blocks(32), packing(3, 4).blocks(32), packing(3, 4).cu_seqlens)
-    torch.library.opcheck(attention_backward, (o, q, k, v, o, lse, *tables, True, 0))
+    torch.library.opcheck(attention_backward, (o, q, k, v, o, lse, *tables(packing(3, 4)), True, 0))
     torch.library.opcheck(decode_forward, (q, k[None].repeat(T, 1, 1, 1), v[None].repeat(T, 1, 1, 1), torch.arange(T)))
     labels = torch.tensor([0, 1, 2, 3, 4, 5, -100])
     torch.library.opcheck(cross_entropy_statistics, (x, labels))
     torch.library.opcheck(cross_entropy_gradient, (x, labels, rows, rows, 0.1, 0.1, 0.01))
+    four = [[one.clone(), one[0].clone()] for one in (x, x, x, x.square())]
+    copies = [one.bfloat16() for one in four[0]]
+    torch.library.opcheck(adamw_step, (*four, copies, 3, 1e-3, 0.9, 0.95, 1e-8, 0.1, None))
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+def test_adamw_is_that_of_pytorch(seed):
+    weight = drawn(T, 6, grad=False)
+    theirs, first, second = torch.nn.Parameter(weight.clone()), torch.zeros_like(weight), torch.zeros_like(weight)
+    optimizer = torch.optim.AdamW([theirs], 1e-2, (0.8, 0.9), 1e-6, 0.1)
+    options = dict(learning_rate=1e-2, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.1, seed=seed)
+    copy = torch.zeros(T, 6, dtype=torch.bfloat16)
+    for step in range(1, 5):
+        theirs.grad = drawn(T, 6, grad=False) / step
+        optimizer.step()
+        adamw([weight], [theirs.grad], [first], [second], [copy], step, **options)
+    torch.testing.assert_close(weight, theirs.detach())
+    torch.testing.assert_close(copy.double(), weight, rtol=2**-8 if seed is None else 2**-7, atol=0)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -121,6 +142,11 @@ def test_registrations_compile_without_a_break(name):
     torch.testing.assert_close(found, operation(*arguments()))
 
 
+def stepped(weights, gradients, moments, step=1):
+    options = dict(learning_rate=1e-2, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.1)
+    adamw(weights, gradients, moments, moments, [], step, **options)
+
+
 Q, K = torch.zeros(T, HEADS, D), torch.zeros(T, GROUPS, D)
 CACHE = torch.zeros(T, 5, GROUPS, D)
 REFUSED = {
@@ -150,6 +176,13 @@ REFUSED = {
     "layer_norm: x must be of floating-point": lambda: layer_norm(torch.zeros(2, 3).int(), torch.ones(3), None, 1e-5),
     "rope: x must be": lambda: rope(torch.zeros(T, 2, 5), *TABLE),
     "rope: cos must be of shape": lambda: rope(torch.zeros(T, 2, 8), *TABLE),
+    "adamw: weights must be a list with": lambda: stepped([], [], []),
+    "adamw: gradients must be 1 tensors, not 2": lambda: stepped([Q], [Q, Q], [Q]),
+    "adamw: gradients must be of shape": lambda: stepped([Q], [K], [Q]),
+    "adamw: first must be of one of .*float32": lambda: stepped([Q], [Q], [Q.half()]),
+    "adamw: weights must be all of one dtype": lambda: stepped([Q, Q.bfloat16()], [Q, Q], [Q, Q]),
+    "adamw: weights must be contiguous": lambda: stepped([Q.transpose(0, 1)], [Q.transpose(0, 1)], [Q.transpose(0, 1)]),
+    "adamw: step must be 1 or more": lambda: stepped([Q], [Q], [Q], 0),
     "swiglu: x must be of an even": lambda: swiglu(torch.zeros(2, 3)),
     "linear_cross_entropy: hidden must be": lambda: linear_cross_entropy(Q, Q, Q, Q),
     "linear_cross_entropy: weight must be": lambda: linear_cross_entropy(Q[0], K[0, :, :3], Q[0, :, 0], Q[0, :, 0]),

@@ -13,7 +13,7 @@ from armillary.data_pipeline.images import ImageShape
 from armillary.model.config import ModelConfig
 from armillary.model.coordinates import initialize, placements
 from armillary.model.generation import generate
-from armillary.model.multimodal import MultimodalModel, token_losses
+from armillary.model.multimodal import MultimodalModel
 from armillary.training.delivery import DeviceBatch
 from armillary.training.layout import Layout
 from armillary.training.process_group import Rank, join
@@ -91,8 +91,8 @@ def inputs_of(batch):
 
 
 def summed_loss(model, batch):
-    losses = token_losses(model(inputs_of(batch)), torch.from_numpy(batch.labels_T).long())
-    return (losses * torch.tensor(batch.loss_mask_T)).sum()
+    labels, mask = torch.from_numpy(batch.labels_T).long(), torch.tensor(batch.loss_mask_T)
+    return model.losses(model(inputs_of(batch), logits=False), labels, mask)[0]
 
 
 def gradients(model, loss):

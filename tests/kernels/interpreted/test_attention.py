@@ -7,8 +7,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from armillary.kernels import attention as attention_module
 from armillary.kernels import attention_kernels as kernels
-from armillary.kernels.attention import Packing, attention, attention_backward, attention_forward, switches
+from armillary.kernels.attention import (
+    Packing,
+    attention,
+    attention_and_lse,
+    attention_backward,
+    attention_forward,
+    even,
+    switches,
+)
 from tests.kernels.interpreted.near import assert_near
 
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
@@ -58,6 +67,37 @@ def test_head_dims(d, dtype):
     assert_near(ours(lengths, True, 0), exact(lengths, True, 0), qkv(201, 2, 1, d), dtype, scale=1.0)
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("window", [0, 50])
+def test_what_each_gpu_has(target, window, monkeypatch):
+    """Its blocks, and its ways to load; of rows that lie further apart than they are long."""
+    monkeypatch.setattr(attention_module, "target", lambda device: target)
+    lengths = [70, 1, 130]
+
+    def apart(q, k, v):
+        wide = [torch.cat([x, torch.full_like(x, float("nan"))], 2)[..., : x.shape[2]] for x in (q, k, v)]
+        return ours(lengths, True, window)(*wide)
+
+    assert_near(apart, exact(lengths, True, window), qkv(201, 2, 1, 64), torch.bfloat16, scale=1.0)
+
+
+def test_the_logarithm_of_the_denominator_comes_too():
+    q, k, v = (x.float() for x in qkv(9, 2, 1, 16))
+    for one in (q, q.double()):
+        _, lse = attention_and_lse(one, k.to(one.dtype), v.to(one.dtype), even(1, 9, q.device), False)
+        scores = torch.einsum("qhd,khd->hqk", q.double(), k.repeat_interleave(2, 1).double()) / 4
+        torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
+
+
+def test_the_same_input_has_the_same_bits():
+    made = [x.bfloat16().requires_grad_() for x in qkv(201, 4, 2, 64)]
+    runs = []
+    for _ in range(2):
+        out = ours([70, 1, 130], True, 0)(*made)
+        runs.append((out, *torch.autograd.grad(out.float().square().sum(), made)))
+    assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
+
+
 def test_positions_further_apart_than_32_bits_count():
     """The last document of so many positions that its elements are beyond 2^31, in memory that is hardly touched."""
     total, length, d, stride = 600_000, 10, 16, 4096
@@ -69,8 +109,9 @@ def test_positions_further_apart_than_32_bits_count():
     for one, small in zip(far, near, strict=True):
         one[-length:] = small
     blocks, cu = torch.tensor([[total - length, length, 0]], dtype=torch.int32), torch.tensor([0, length])
-    o, lse = attention_forward(*far[:3], blocks, blocks, cu, True, 0)
-    want, want_lse = attention_forward(*(x.double() for x in near[:3]), blocks, blocks, cu, True, 0)
+    tables = (blocks, blocks, blocks, cu)
+    o, lse = attention_forward(*far[:3], *tables, True, 0)
+    want, want_lse = attention_forward(*(x.double() for x in near[:3]), *tables, True, 0)
     torch.testing.assert_close(o[-length:].double(), want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lse[:, -length:].double(), want_lse, rtol=1e-5, atol=1e-5)
 
@@ -82,9 +123,7 @@ def test_positions_further_apart_than_32_bits_count():
     options = switches(q, k, True, 0)
     kernels.backward_keys[1, 1](q, k, v, do, lse, delta, dk, dv, blocks, *shared, **options, BM=32, BN=32)
     kernels.backward_queries[1, 1](q, k, v, do, lse, delta, dq, blocks, *shared, **options, BM=32, BN=32)
-    exactly = attention_backward(
-        *(x.double() for x in (near[3], *near[:3])), want, want_lse, blocks, blocks, cu, True, 0
-    )
+    exactly = attention_backward(*(x.double() for x in (near[3], *near[:3])), want, want_lse, *tables, True, 0)
     for got, one in zip((dq, dk, dv), exactly, strict=True):
         torch.testing.assert_close(got[-length:].double(), one, rtol=1e-4, atol=1e-5)
         assert not got[:-length].any()

@@ -1,0 +1,82 @@
+"""How attention is divided among programs, for each kind of GPU: no larger than its registers and shared memory hold,
+as `benchmarks/kernels/gate.py` compiles it ahead of time."""
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """What a program works on: `queries` by `keys` positions at once, with `warps` warps, loads in `stages` stages."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        """For a launch."""
+        return {"BM": self.queries, "BN": self.keys, "num_warps": self.warps, "num_stages": self.stages}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Those of the three kernels with loops: the forward, and the backward of queries and of keys with values; and of
+    the forward, whether it loads by TMA, and has warps that only load."""
+
+    forward: Tiles
+    queries: Tiles
+    keys: Tiles
+    tma: bool = False
+    specialised: bool = False
+
+    @property
+    def of_forward(self) -> dict[str, int]:
+        """For its launch."""
+        return {**self.forward.options, "TMA": self.tma, "SPECIALISED": self.specialised}
+
+    @property
+    def rows(self) -> tuple[int, int, int]:
+        """Positions of q, k and v that it loads at once."""
+        return self.forward.queries, self.forward.keys, self.forward.keys
+
+
+# Of 16-bit numbers: by target, then by the least power of two that is no less than the head's dimensions, from 64 on.
+PLANS = {
+    "sm_80": {
+        64: Plan(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(32, 128, 8, 2)),
+        128: Plan(Tiles(64, 64, 4, 3), Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 2)),
+        256: Plan(Tiles(64, 64, 8, 1), Tiles(64, 32, 8, 2), Tiles(32, 64, 8, 1)),
+    },
+    "sm_90": {
+        64: Plan(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 2), tma=True),
+        128: Plan(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(32, 128, 8, 2), tma=True),
+        256: Plan(Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 1), Tiles(32, 32, 8, 1), tma=True),
+    },
+    "sm_100": {
+        64: Plan(Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 2), Tiles(32, 128, 8, 1)),
+        128: Plan(Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2), Tiles(32, 128, 8, 1)),
+        256: Plan(Tiles(128, 32, 8, 2), Tiles(64, 64, 4, 2), Tiles(32, 64, 8, 1)),
+    },
+    "gfx942": {
+        64: Plan(Tiles(64, 64, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 64, 4, 1)),
+        128: Plan(Tiles(64, 64, 4, 1), Tiles(128, 32, 8, 1), Tiles(32, 64, 4, 1)),
+        256: Plan(Tiles(64, 32, 4, 1), Tiles(64, 32, 4, 1), Tiles(32, 32, 4, 1)),
+    },
+}
+
+# For sm_90, in the place of PLANS' forwards: one loop with masks for all keys. Nobody has measured yet which is faster.
+SPECIALISED = replace(PLANS["sm_90"][64], forward=Tiles(128, 64, 4, 3), specialised=True)
+
+
+def plan(d: int, dtype: torch.dtype, window: int, target: str) -> Plan:
+    """For heads of d dimensions, on one of `choose.target`'s GPUs."""
+    if dtype == torch.float32:
+        forward = Tiles(32, 16, 8, 1) if d <= 128 else Tiles(16, 16, 8, 2)
+        small = Tiles(16, 16, 4, 1)
+        return Plan(forward, small, small if d <= 128 or target == "gfx942" else Tiles(16, 32, 8, 1))
+    found = PLANS[target][max(64, triton.next_power_of_2(d))]
+    return replace(found, keys=replace(found.keys, stages=1)) if window else found
