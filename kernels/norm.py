@@ -14,7 +14,7 @@ from armillary.kernels.arguments import require, require_like
 from armillary.kernels.choose import processors, runs_triton
 
 WIDEST = 8192  # columns that one program holds at once; wider rows are read in tiles, twice
-TILE = 2048
+TILE = 4096
 AT_ONCE = 2048  # numbers that a program of narrow rows holds, several rows of them
 PROGRAMS = 4  # of the backward, on each processor
 

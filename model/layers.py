@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -32,8 +31,9 @@ class RMSNorm(torch.nn.Module):
         # Under sequence parallelism each rank sees part of the positions: the gradient is summed over them.
         self.weight.sequence_parallel = config.sequence_parallel
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None):
+        """The norm of x; with a residual that of their sum, and the sum."""
+        return rms_norm(x, self.weight, self.eps, residual)
 
 
 class SwiGLU(torch.nn.Module):
@@ -110,10 +110,21 @@ class CoreAttention(torch.nn.Module):
         return attention(q, k, v, context.packing)
 
 
+class Layer(TransformerLayer):
+    """Megatron-core's modules, of which the second norm takes the sum before it along in one kernel. No dropout."""
+
+    def forward(self, hidden_states, attention_mask=None, *, packed_seq_params: PackedContext | None = None, **_):
+        attended, _ = self.self_attention(
+            self.input_layernorm(hidden_states), attention_mask=attention_mask, packed_seq_params=packed_seq_params
+        )
+        normed, hidden_states = self.pre_mlp_layernorm(attended, hidden_states)
+        return hidden_states + self.mlp(normed)[0], None
+
+
 def block_spec(config: TransformerConfig, causal: bool) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage: pre-norm attention and SwiGLU, RMSNorm at the end."""
     layer = ModuleSpec(
-        module=TransformerLayer,
+        module=Layer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=ModuleSpec(
@@ -127,7 +138,6 @@ def block_spec(config: TransformerConfig, causal: bool) -> TransformerBlockSubmo
                     k_layernorm=IdentityOp,
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=ModuleSpec(
                 module=MLP,
@@ -135,7 +145,6 @@ def block_spec(config: TransformerConfig, causal: bool) -> TransformerBlockSubmo
                     linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear, activation_func=SwiGLU
                 ),
             ),
-            mlp_bda=get_bias_dropout_add,
         ),
     )
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from armillary.kernels.adamw import AdamW
 from armillary.model.coordinates import Placement, placements
 from armillary.model.multimodal import MultimodalModel
 from armillary.training.checkpoint.manifest import MOMENTS
@@ -72,9 +73,7 @@ class Engine:
         matrices = [p for p in model.parameters() if p.ndim > 1]
         vectors = [p for p in model.parameters() if p.ndim == 1]
         groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(
-            groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps
-        )
+        optimizer = AdamW(groups, config.learning_rate, (config.beta1, config.beta2), config.eps)
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
