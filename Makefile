@@ -50,7 +50,7 @@ bench-data: $(BENCH)/.ready
 
 # Whatever Python has PyTorch for the GPU: the virtual environment's own is for CPU.
 gpu:
-	$(GPU_PYTHON) -m benchmarks.kernels.gpu $(ARGS)
+	$(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

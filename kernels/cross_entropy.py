@@ -71,11 +71,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             losses[part] = torch.where(labels[part] == IGNORED, 0, loss)
             cross_entropy_gradient(logits, own, lse, factor[part], z_loss, label_smoothing, label_smoothing / entries)
             dhidden[part] = logits @ weight
-            dweight += (
-                logits.T.to(wide) @ hidden[part].to(wide)
-                if not logits.is_cuda
-                else torch.mm(logits.T, hidden[part], out_dtype=wide)
-            )
+            if logits.is_cuda and logits.dtype != wide:
+                dweight += torch.mm(logits.T, hidden[part], out_dtype=wide)
+            else:
+                dweight += logits.T.to(wide) @ hidden[part].to(wide)
         ctx.save_for_backward(dhidden, dweight.to(weight.dtype))
         ctx.mark_non_differentiable(losses)
         return (factor * losses).sum(), losses
