@@ -1,6 +1,7 @@
 """AdamW (Loshchilov and Hutter 2019, algorithm 2): one launch for many tensors, float32 weights beside the parameters'
 bfloat16, and stochastic rounding (Gupta et al. 2015, section 3.1) where nothing but bfloat16 is kept."""
 
+import functools
 import math
 
 import torch
@@ -44,9 +45,10 @@ def adamw(
         ("second", second, {wide}),
         ("copies", copies or weights, {torch.bfloat16} if copies else {weights[0].dtype}),
     ):
+        found = {one.dtype for one in tensors}
         require(len(tensors) == len(weights), name, argument, f"{len(weights)} tensors, not {len(tensors)}")
-        require({one.dtype for one in tensors} <= dtypes, name, argument, f"of one of {sorted(map(str, dtypes))}")
-        require(len({one.dtype for one in tensors}) == 1, name, argument, "all of one dtype")
+        require(found <= dtypes, name, argument, f"of one of {sorted(map(str, dtypes))}")
+        require(len(found) == 1, name, argument, "all of one dtype")
         for one, weight in zip(tensors, weights, strict=True):
             require_like(name, argument, one, tuple(weight.shape), weight)
             require(one.is_contiguous(), name, argument, "contiguous")
@@ -62,7 +64,7 @@ def _rounded(x, seed, at, dtype: tl.constexpr, STOCHASTIC: tl.constexpr):
     """x, float32, as `dtype`: to the nearest or, if that is bfloat16, up or down by the chance of what is cut off."""
     if STOCHASTIC and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True) + (tl.randint(seed, at).to(tl.int32, bitcast=True) & 0xFFFF)
-        x = (bits & -0x10000).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, (bits & -0x10000).to(tl.float32, bitcast=True), x)  # of no number the sum may be one
     return x.to(dtype)
 
 
@@ -145,15 +147,24 @@ def adamw_step(
             if copies:
                 copy.copy_(_by_chance(exactly, copy.dtype, chance))
         return
-    sizes = [w.numel() for w in weights]
-    owners, offsets = zip(*((k, at) for k, size in enumerate(sizes) for at in range(0, size, BLOCK)), strict=True)
+    sizes, owners, offsets = _blocks(tuple(w.numel() for w in weights), weights[0].device)
     addresses = [[one.data_ptr() for one in tensors] for tensors in zip(*lists, strict=True)]
-    tables = [torch.tensor(table, device=weights[0].device) for table in (addresses, sizes, owners, offsets)]
+    at = torch.tensor(addresses, device=weights[0].device)
     aligned = 16 if not any(address % 16 for of in addresses for address in of) else 1
     _step[(len(owners),)](
-        *tables, *(tensors[0] for tensors in lists), decay, rate, beta1, beta2, root, eps, seed or 0,
+        at, sizes, owners, offsets, *(tensors[0] for tensors in lists), decay, rate, beta1, beta2, root, eps, seed or 0,
         COPIES=bool(copies), STOCHASTIC=seed is not None, ALIGNED=aligned, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
+
+
+@functools.lru_cache(8)
+def _blocks(sizes: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tensors' sizes; and of each block its tensor, and where it begins there: int64, the same for every step."""
+    each = torch.tensor(sizes, device=device)
+    counts = (each + BLOCK - 1) // BLOCK
+    owners = torch.arange(len(sizes), device=device).repeat_interleave(counts)
+    before = (counts.cumsum(0) - counts)[owners]
+    return each, owners, (torch.arange(len(owners), device=device) - before) * BLOCK
 
 
 def _by_chance(x: torch.Tensor, dtype: torch.dtype, chance: torch.Generator | None) -> torch.Tensor:
@@ -161,11 +172,13 @@ def _by_chance(x: torch.Tensor, dtype: torch.dtype, chance: torch.Generator | No
     if chance is None or dtype != torch.bfloat16:
         return x.to(dtype)
     noise = torch.randint(0, 1 << 16, x.shape, generator=chance, device=x.device, dtype=torch.int32)
-    return ((x.float().view(torch.int32) + noise) & -0x10000).view(torch.float32).to(dtype)
+    rounded = ((x.float().view(torch.int32) + noise) & -0x10000).view(torch.float32)
+    return rounded.where(x == x, x.float()).to(dtype)
 
 
 class AdamW(torch.optim.AdamW):
-    """PyTorch's, with its state and its options of these names, whose step on a GPU is the kernel's."""
+    """PyTorch's, with its state and its options of these names, whose step is the kernel's for contiguous float32
+    parameters on a GPU."""
 
     def __init__(self, params, lr: float, betas: tuple[float, float], eps: float, weight_decay: float = 0.0):
         super().__init__(params, lr, betas, eps, weight_decay)
@@ -173,15 +186,16 @@ class AdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure=None):
         """Take a step with the gradients that parameters have; the result of `closure`, which makes them, if given."""
-        if not all(runs_triton("adamw", p) for group in self.param_groups for p in group["params"]):
-            return super().step(closure)
         loss = None if closure is None else torch.enable_grad()(closure)()
+        if not all(_fits(p) for group in self.param_groups for p in group["params"]):
+            super().step()
+            return loss
         for group in self.param_groups:
             given = [p for p in group["params"] if p.grad is not None and p.numel()]
             for p in given:
                 if not self.state[p]:
-                    self.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p, dtype=torch.float32),
-                                     "exp_avg_sq": torch.zeros_like(p, dtype=torch.float32)}  # fmt: skip
+                    self.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p),
+                                     "exp_avg_sq": torch.zeros_like(p)}  # fmt: skip
                 self.state[p]["step"] += 1
             for step in {int(self.state[p]["step"]) for p in given}:
                 those = [p for p in given if int(self.state[p]["step"]) == step]
@@ -192,3 +206,8 @@ class AdamW(torch.optim.AdamW):
                     eps=group["eps"], weight_decay=group["weight_decay"],
                 )  # fmt: skip
         return loss
+
+
+def _fits(p: torch.Tensor) -> bool:
+    both = (p,) if p.grad is None else (p, p.grad)
+    return runs_triton("adamw", p) and all(one.dtype == torch.float32 and one.is_contiguous() for one in both)

@@ -14,14 +14,15 @@ from armillary.kernels.arguments import require, require_like
 from armillary.kernels.attention_tiles import Plan, plan
 from armillary.kernels.choose import runs_triton, target
 
-DELTA = 64  # positions of a program that multiplies outputs with their gradients
+WIDEST = 256  # dimensions of a head
+DELTA = 2048  # numbers that a program multiplies with their gradients
 
 
 class Packing:
     """Documents that lie one behind another on T positions. Computed once a batch, used by every layer.
 
-    ValueError unless cu_seqlens (whole numbers [documents + 1]) rise from 0 to `positions`: looked at where they are on
-    CPU, since a GPU would have to be waited for.
+    ValueError unless cu_seqlens (whole numbers [documents + 1]) rise from 0 to `positions`; where they are on a GPU,
+    which is not waited for, that stops with an assertion.
     """
 
     def __init__(self, cu_seqlens: torch.Tensor, positions: int):
@@ -31,6 +32,11 @@ class Packing:
             bounds = cu_seqlens.tolist()
             require(bounds[:1] == [0] and bounds == sorted(bounds), *name, "rising from 0")
             require(bounds[-1] == positions, *name, f"up to {positions}, not {bounds[-1]}")
+        else:  # without waiting for the GPU, which stops at the next thing it does
+            torch._assert_async(
+                (cu_seqlens[0] == 0) & (cu_seqlens.diff() >= 0).all() & (cu_seqlens[-1] == positions),
+                f"attention: cu_seqlens must be rising from 0 up to {positions}",
+            )
         self.cu_seqlens = cu_seqlens
         self.positions = positions
         self.blocks, self.groups = functools.cache(self._blocks), functools.cache(self._groups)
@@ -74,7 +80,8 @@ class Packing:
 @functools.lru_cache(16)
 def even(count: int, length: int, device: torch.device) -> Packing:
     """`count` documents of one length."""
-    return Packing(torch.arange(0, (count + 1) * length, length, dtype=torch.int32, device=device), count * length)
+    with torch.inference_mode(False):  # what is kept here may be needed for a gradient next time
+        return Packing(torch.arange(0, (count + 1) * length, length, dtype=torch.int32, device=device), count * length)
 
 
 def attention(
@@ -115,6 +122,7 @@ def _check(q, k, v, packing, causal, window):
     name = "attention"
     require(q.dim() == 3 and q.numel() > 0, name, "q", f"[T, heads, d] with T above 0, not {list(q.shape)}")
     require(q.is_floating_point(), name, "q", f"of floating-point numbers, not of {q.dtype}")
+    require(q.shape[2] <= WIDEST, name, "q", f"of heads of {WIDEST} dimensions or fewer, not {q.shape[2]}")
     require(k.dim() == 3 and k.shape[1] > 0, name, "k", f"[T, groups, d], not {list(k.shape)}")
     require(q.shape[1] % k.shape[1] == 0, name, "k", f"of groups that divide the {q.shape[1]} heads, not {k.shape[1]}")
     require_like(name, "k", k, (q.shape[0], k.shape[1], q.shape[2]), q)
@@ -214,8 +222,9 @@ def attention_backward(
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     do, chosen, same = do.contiguous(), _plan(q, window), switches(q, k, causal, window)
     dq, dk, dv, delta = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), torch.empty_like(lse)
-    kernels.delta[triton.cdiv(q.shape[0], DELTA), q.shape[1]](
-        o, do, delta, q.shape[0], D=same["D"], DP=same["DP"], BM=DELTA
+    rows = DELTA // same["DP"]
+    kernels.delta[triton.cdiv(q.shape[0], rows), q.shape[1]](
+        o, do, delta, q.shape[0], D=same["D"], DP=same["DP"], BM=rows
     )
     shared = (query_blocks, _scale(q), q.shape[0], *_strides(q, k, v))
     kernels.backward_keys[len(key_blocks), k.shape[1]](
@@ -260,13 +269,14 @@ attention_forward.register_autograd(_gradients, setup_context=_setup)
 def descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
     """Of q, k or v, for loads of `rows` positions of one head by TMA: which wants multiples of 16 bytes.
 
-    Of two axes, [T, heads * d], or of three where d is padded: what is behind a head is then 0, not the next one."""
+    Of two axes, [T, heads * d], where heads lie one behind another and d is not padded; else of three."""
     d = x.shape[2]
-    if any(number % 16 for number in (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:2]))):
-        x = x.contiguous()
-    if d != head_block(d):
-        return TensorDescriptor.from_tensor(x, [rows, 1, head_block(d)])
-    return TensorDescriptor.from_tensor((x if x.stride(1) == d else x.contiguous()).flatten(1), [rows, d])
+    strides = [x.element_size() * stride for stride in x.stride()[:2]]
+    if any(number % 16 for number in (x.data_ptr(), *strides)) or 0 in strides:
+        x = x.clone(memory_format=torch.contiguous_format)
+    if d == head_block(d) and x.stride(1) == d:
+        return TensorDescriptor.from_tensor(x.flatten(1), [rows, d])
+    return TensorDescriptor.from_tensor(x, [rows, 1, head_block(d)])
 
 
 def head_block(d: int) -> int:

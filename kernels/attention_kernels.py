@@ -3,8 +3,8 @@
 A row of `blocks` (int32 [3]) is a block of one document: where the document starts, its length, and the block's first
 position in it. Exponents are of 2, so `scale` has log2(e) in it. Offsets along positions are of 64 bits.
 
-With TMA, q, k and v come as descriptors of [positions, heads, D], whose blocks have all of a head's dimensions: rows
-behind a document's end are then another document's, and only masks of scores keep them out.
+With TMA, q, k and v come as descriptors of [positions, heads * D] or, where heads are padded or apart, of [positions,
+heads, D]: rows behind a document's end are then another document's, and masked after they are loaded.
 """
 
 import triton
@@ -14,9 +14,9 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _block(blocks_ptr):
-    """This program's: the document's start and length, and the block's first position in it."""
-    block = blocks_ptr + tl.program_id(0) * 3
+def _block(blocks_ptr, number):
+    """A document's start and length, and the block's first position in it."""
+    block = blocks_ptr + number * 3
     return tl.load(block).to(tl.int64), tl.load(block + 1), tl.load(block + 2)
 
 
@@ -36,12 +36,12 @@ def _rows(
     DP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Rows begin + near of a head, [ROWS, DP], by descriptor or by pointers; `begin` is of 64 bits."""
-    if TMA and D == DP:
+    if TMA and len(ptr.block_shape) == 2:
         rows = ptr.load([begin.to(tl.int32), head * D])
     elif TMA:
         rows = ptr.load([begin.to(tl.int32), head, 0]).reshape(ROWS, DP)
     else:
-        rows = _load(ptr + begin * stride_t + head * stride_h, near, stride_t, inside, MASKED, D, DP)
+        rows = _load(ptr + begin * stride_t + tl.cast(head, tl.int64) * stride_h, near, stride_t, inside, MASKED, D, DP)
     return rows
 
 
@@ -80,6 +80,8 @@ def _attend(
         total = total * decay + tl.sum(p, 1)
         o = o * decay[:, None]
         v = _rows(v_ptr, at, near, group, stride_vt, stride_vh, column < length, MASKED, TMA, D, DP, BN)
+        if MASKED and TMA:  # what is not seen may be infinite, and 0 times that is no number
+            v = tl.where((column < length)[:, None], v, 0.0)
         o = tl.dot(p.to(v.dtype), v, o, input_precision=PRECISION)
         peak = higher
     return o, total, peak
@@ -94,7 +96,7 @@ def forward(
     TMA: tl.constexpr, SPECIALISED: tl.constexpr,
 ):  # fmt: skip
     """o [positions, heads, D], contiguous; lse [heads, positions], of base e."""
-    start, length, first = _block(blocks_ptr)  # an unused block has no key, and stores nothing
+    start, length, first = _block(blocks_ptr, tl.program_id(0))  # an unused block has no key, and stores nothing
     head = tl.program_id(1)
     group = head // GROUP
     near = tl.arange(0, BM)
@@ -164,10 +166,11 @@ def backward_keys(
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Gradients of k and v, [positions, groups, D], contiguous; do is too. A program sums over its group's heads."""
-    start, length, first = _block(blocks_ptr)
+    # Blocks that begin latest come first in the table; here they have the least to do.
+    start, length, first = _block(blocks_ptr, tl.num_programs(0) - 1 - tl.program_id(0))
     if first >= length:
         return
-    group = tl.program_id(1)
+    group = tl.program_id(1).to(tl.int64)
     groups = tl.num_programs(1)
     near = tl.arange(0, BN)
     column = first + near
@@ -185,7 +188,7 @@ def backward_keys(
     if WINDOW > 0:
         high = tl.minimum(length, first + BN + WINDOW - 1)
     for i in tl.range(0, GROUP):
-        head = (group * GROUP + i).to(tl.int64)
+        head = group * GROUP + i
         stride_do = groups * GROUP * D
         q_head = q_ptr + start * stride_qt + head * stride_qh
         do_head = do_ptr + start * stride_do + head * D
@@ -218,18 +221,18 @@ def backward_queries(
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """The gradient of q, [positions, heads, D], contiguous; do is too."""
-    start, length, first = _block(blocks_ptr)
+    start, length, first = _block(blocks_ptr, tl.program_id(0))
     if first >= length:
         return
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     heads = tl.num_programs(1)
     near = tl.arange(0, BM)
     row = first + near
     inside = row < length
     q = _load(q_ptr + (start + first) * stride_qt + head * stride_qh, near, stride_qt, inside, True, D, DP)
     do = _load(do_ptr + ((start + first) * heads + head) * D, near, heads * D, inside, True, D, DP)
-    lse = tl.load(lse_ptr + head.to(tl.int64) * positions + start + row, inside, other=0.0) / LN2
-    delta = tl.load(delta_ptr + head.to(tl.int64) * positions + start + row, inside, other=0.0)
+    lse = tl.load(lse_ptr + head * positions + start + row, inside, other=0.0) / LN2
+    delta = tl.load(delta_ptr + head * positions + start + row, inside, other=0.0)
     k_ptr += start * stride_kt + (head // GROUP) * stride_kh
     v_ptr += start * stride_vt + (head // GROUP) * stride_vh
     low = 0

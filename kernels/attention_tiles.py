@@ -68,15 +68,24 @@ PLANS = {
     },
 }
 
+# The backward of float32, which is multiplied without tensor cores on NVIDIA's: of queries, and of keys.
+FEW, MORE, LONG = Tiles(16, 16, 4, 1), Tiles(16, 16, 8, 1), Tiles(16, 32, 8, 1)
+FLOAT32 = {
+    "sm_80": {64: (FEW, FEW), 128: (FEW, MORE), 256: (FEW, MORE)},
+    "sm_90": {64: (FEW, FEW), 128: (Tiles(32, 16, 8, 1), FEW), 256: (FEW, LONG)},
+    "sm_100": {64: (FEW, FEW), 128: (MORE, LONG), 256: (FEW, LONG)},
+    "gfx942": {64: (FEW, FEW), 128: (FEW, FEW), 256: (FEW, FEW)},
+}
+
 # For sm_90, in the place of PLANS' forwards: one loop with masks for all keys. Nobody has measured yet which is faster.
-SPECIALISED = replace(PLANS["sm_90"][64], forward=Tiles(128, 64, 4, 3), specialised=True)
+SPECIALISED = {d: replace(PLANS["sm_90"][d], forward=Tiles(128, 64, 4, 3), specialised=True) for d in (64, 128)}
 
 
 def plan(d: int, dtype: torch.dtype, window: int, target: str) -> Plan:
     """For heads of d dimensions, on one of `choose.target`'s GPUs."""
+    head = max(64, triton.next_power_of_2(d))
     if dtype == torch.float32:
-        forward = Tiles(32, 16, 8, 1) if d <= 128 else Tiles(16, 16, 8, 2)
-        small = Tiles(16, 16, 4, 1)
-        return Plan(forward, small, small if d <= 128 or target == "gfx942" else Tiles(16, 32, 8, 1))
-    found = PLANS[target][max(64, triton.next_power_of_2(d))]
+        queries, keys = FLOAT32[target][head]
+        return Plan(Tiles(32, 16, 8, 1) if d <= 64 else Tiles(16, 16, 8, 2), queries, keys)
+    found = PLANS[target][head]
     return replace(found, keys=replace(found.keys, stages=1)) if window else found

@@ -43,7 +43,12 @@ def choose(operation: str, on_gpu: bool, dtype: torch.dtype) -> Choice:
 
 
 def runs_triton(operation: str, x: torch.Tensor) -> bool:
-    """Whether the kernel of `operation` runs for x."""
+    """Whether the kernel of `operation` runs for x; ValueError where x is on another GPU than the current one."""
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        here = torch.cuda.current_device()
+        raise ValueError(
+            f"{operation}: its tensors are on {x.device}, kernels start on the current device, cuda:{here}"
+        )
     return choose(operation, x.is_cuda, x.dtype).implementation == "triton"
 
 

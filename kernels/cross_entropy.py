@@ -16,6 +16,7 @@ from armillary.kernels.choose import runs_triton
 
 IGNORED = -100  # a label that counts nothing
 BLOCK, WARPS = 4096, 8
+LEAST = 2048  # tokens of a chunk
 
 
 def linear_cross_entropy(
@@ -42,6 +43,7 @@ def linear_cross_entropy(
     require(weight.dtype == hidden.dtype, name, "weight", f"of {hidden.dtype}, as hidden")
     require_like(name, "weight", weight, tuple(weight.shape), hidden)
     require_like(name, "labels", labels, hidden.shape[:1], hidden)
+    require(labels.dtype == torch.int64, name, "labels", f"of int64, not of {labels.dtype}")
     require_like(name, "weights", weights, hidden.shape[:1], hidden)
     require(0 <= label_smoothing < 1, name, "label_smoothing", "from 0 to below 1")
     return _LinearCrossEntropy.apply(hidden, weight, labels, weights, z_loss, label_smoothing, group)
@@ -52,7 +54,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, labels, weights, z_loss, label_smoothing, group):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         losses, dhidden = hidden.new_empty(len(hidden), dtype=wide), torch.empty_like(hidden)
-        dweight = torch.zeros_like(weight, dtype=wide)
+        dweight = None
         first = 0 if group is None else dist.get_rank(group) * len(weight)
         entries = len(weight) * (1 if group is None else dist.get_world_size(group))
         factor = torch.where(labels == IGNORED, 0, weights.to(wide))
@@ -71,10 +73,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             losses[part] = torch.where(labels[part] == IGNORED, 0, loss)
             cross_entropy_gradient(logits, own, lse, factor[part], z_loss, label_smoothing, label_smoothing / entries)
             dhidden[part] = logits @ weight
-            if logits.is_cuda and logits.dtype != wide:
-                dweight += torch.mm(logits.T, hidden[part], out_dtype=wide)
-            else:
-                dweight += logits.T.to(wide) @ hidden[part].to(wide)
+            product = _wide_product(logits.T, hidden[part], wide)
+            dweight = product if dweight is None else dweight.add_(product)
         ctx.save_for_backward(dhidden, dweight.to(weight.dtype))
         ctx.mark_non_differentiable(losses)
         return (factor * losses).sum(), losses
@@ -86,8 +86,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def chunk(tokens: int, hidden: int, entries: int) -> int:
-    """Tokens at once: so many that their logits take about as much memory as all tokens' hidden states."""
-    return triton.next_power_of_2(triton.cdiv(tokens, triton.cdiv(entries, hidden)))
+    """Tokens at once: so many that their logits take about as much memory as all tokens' hidden states, but enough that
+    adding up the weight's gradient, of float32, costs little beside the products."""
+    return max(LEAST, triton.next_power_of_2(triton.cdiv(tokens, triton.cdiv(entries, hidden))))
+
+
+def _wide_product(a: torch.Tensor, b: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
+    if a.is_cuda and a.dtype != wide and torch.version.hip is None:
+        return torch.mm(a, b, out_dtype=wide)
+    return a.to(wide) @ b.to(wide)
 
 
 @triton.jit

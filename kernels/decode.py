@@ -14,7 +14,9 @@ from armillary.kernels.attention_kernels import _attend, _load
 from armillary.kernels.choose import processors, runs_triton
 
 KEYS, WARPS, STAGES = 64, 4, 2
+JOINING = 8  # warps that join the parts
 LEAST = 256  # keys of a part
+MOST = 128  # parts, which one program joins
 
 
 def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
@@ -30,6 +32,7 @@ def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths:
     require_like(name, "k", k, (q.shape[0], k.shape[1], k.shape[2], q.shape[2]), q)
     require_like(name, "v", v, tuple(k.shape), q)
     require_like(name, "lengths", lengths, (q.shape[0],), q)
+    require(lengths.dtype in (torch.int32, torch.int64), name, "lengths", f"of whole numbers, not of {lengths.dtype}")
     require(k.dtype == v.dtype == q.dtype, name, "k and v", f"of {q.dtype}, as q")
     return decode_forward(q, k, v, lengths) if runs_triton("attention", q) else _reference(q, k, v, lengths)
 
@@ -45,14 +48,14 @@ def _reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch
 @triton.jit
 def _parts(
     q_ptr, k_ptr, v_ptr, lengths_ptr, o_ptr, lse_ptr, scale,
-    stride_kn, stride_kt, stride_kh, stride_vn, stride_vt, stride_vh, SPAN,
+    stride_kn, stride_kt, stride_kh, stride_vn, stride_vt, stride_vh, capacity, SPAN,
     GROUP: tl.constexpr, GP: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """o [n, groups, parts, GROUP, D] and lse [n, groups, parts, GROUP], both float32; lse is of base 2."""
     sequence = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     part = tl.program_id(2)
-    length = tl.load(lengths_ptr + sequence).to(tl.int32)
+    length = tl.minimum(tl.load(lengths_ptr + sequence).to(tl.int32), capacity)
     low = part * SPAN
     high = tl.minimum(low + SPAN, length)
     mine = tl.arange(0, GP)
@@ -95,7 +98,7 @@ def _join(o_ptr, lse_ptr, out_ptr, parts, GROUP: tl.constexpr, PARTS: tl.constex
 def split(q: torch.Tensor, k: torch.Tensor) -> tuple[int, int]:
     """How many parts, so that all processors have work, and how many keys each has."""
     wanted = -(-2 * processors(q.device) // (k.shape[0] * k.shape[2]))
-    parts = max(1, min(wanted, k.shape[1] // LEAST))
+    parts = max(1, min(wanted, k.shape[1] // LEAST, MOST))
     span = triton.cdiv(triton.cdiv(k.shape[1], parts), KEYS) * KEYS
     return triton.cdiv(k.shape[1], span), span
 
@@ -103,7 +106,8 @@ def split(q: torch.Tensor, k: torch.Tensor) -> tuple[int, int]:
 def options(group: int, d: int, dtype: torch.dtype) -> dict[str, object]:
     """Of a launch of `_parts`."""
     precision = "ieee" if dtype == torch.float32 else "tf32"
-    return {"GP": max(triton.next_power_of_2(group), 16), "PRECISION": precision, "DP": head_block(d), "BN": KEYS,
+    keys = KEYS if dtype != torch.float32 else KEYS // 4
+    return {"GP": max(triton.next_power_of_2(group), 16), "PRECISION": precision, "DP": head_block(d), "BN": keys,
             "num_warps": WARPS, "num_stages": STAGES}  # fmt: skip
 
 
@@ -112,16 +116,19 @@ def decode_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: t
     """See `decode_attention`."""
     if not runs_triton("attention", q):
         return _reference(q, k, v, lengths)
-    q, k, v = q.contiguous(), *(x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
+    q, lengths = q.contiguous(), lengths.contiguous()
+    k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
     (n, heads, d), groups, (parts, span) = q.shape, k.shape[2], split(q, k)
     group = heads // groups
     o = q.new_empty(n, groups, parts, group, d, dtype=torch.float32)
     lse, out = q.new_empty(n, groups, parts, group, dtype=torch.float32), torch.empty_like(q)
     _parts[n, groups, parts](
-        q, k, v, lengths, o, lse, 1 / math.sqrt(d) / math.log(2), *k.stride()[:3], *v.stride()[:3], span,
+        q, k, v, lengths, o, lse, 1 / math.sqrt(d) / math.log(2), *k.stride()[:3], *v.stride()[:3], k.shape[1], span,
         GROUP=group, D=d, **options(group, d, q.dtype),
     )  # fmt: skip
-    _join[(n * heads,)](o, lse, out, parts, GROUP=group, PARTS=triton.next_power_of_2(parts), D=d, DP=head_block(d))
+    _join[(n * heads,)](
+        o, lse, out, parts, GROUP=group, PARTS=triton.next_power_of_2(parts), D=d, DP=head_block(d), num_warps=JOINING
+    )
     return out
 
 

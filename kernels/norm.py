@@ -257,9 +257,10 @@ def norm_forward(
         rstd = torch.rsqrt((s - mean[..., None]).square().mean(-1) + eps)
         y = (s - mean[..., None]) * rstd[..., None] * (weight.to(wide) + zero_centred)
         y = y if bias is None else y + bias.to(wide)
-        saved = s.to(x.dtype) if residual is not None else x.new_empty(0)
-        return y.to(x.dtype), saved, mean.flatten() if layer else s.new_empty(0), rstd.flatten()
-    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
+        saved = s.to(x.dtype).contiguous() if residual is not None else x.new_empty(0)
+        return y.to(x.dtype).contiguous(), saved, mean.flatten() if layer else s.new_empty(0), rstd.flatten()
+    x, weight = x.contiguous(), weight.contiguous()
+    bias, residual = (None if one is None else one.contiguous() for one in (bias, residual))
     y, s = torch.empty_like(x), torch.empty_like(x) if residual is not None else x.new_empty(0)
     mean, rstd = x.new_empty(rows if layer else 0, dtype=wide), x.new_empty(rows, dtype=wide)
     plan = tiles(n)
@@ -275,8 +276,8 @@ def norm_forward(
 @norm_forward.register_fake
 def _(x, weight, bias, residual, eps, layer, zero_centred):
     rows, wide = x.numel() // x.shape[-1], torch.promote_types(x.dtype, torch.float32)
-    s = torch.empty_like(x) if residual is not None else x.new_empty(0)
-    return torch.empty_like(x), s, x.new_empty(rows if layer else 0, dtype=wide), x.new_empty(rows, dtype=wide)
+    s = x.new_empty(x.shape if residual is not None else 0)
+    return x.new_empty(x.shape), s, x.new_empty(rows if layer else 0, dtype=wide), x.new_empty(rows, dtype=wide)
 
 
 @torch.library.custom_op("armillary::norm_backward", mutates_args=())
@@ -302,7 +303,7 @@ def norm_backward(
         dx = dx if ds is None else dx + ds.reshape(rows, n).to(wide)
         dbias = dflat.sum(0).to(weight.dtype) if with_bias else weight.new_empty(0)
         return dx.view_as(s).to(s.dtype), (dflat * normal).sum(0).to(weight.dtype), dbias
-    dy, ds = dy.contiguous(), None if ds is None else ds.contiguous()
+    dy, ds, weight = dy.contiguous(), None if ds is None else ds.contiguous(), weight.contiguous()
     dx, plan = torch.empty_like(s), tiles(n)
     programs = min(triton.cdiv(rows, plan.rows), PROGRAMS * processors(s.device))
     dweight = s.new_empty(programs, n, dtype=wide)
@@ -328,10 +329,12 @@ def _setup(ctx, inputs, output):
     _, s, mean, rstd = output
     ctx.save_for_backward(x if residual is None else s, weight, mean, rstd)
     ctx.bias, ctx.residual, ctx.switches = bias is not None, residual is not None, switches
+    ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, dy, ds, dmean, drstd):
     s, weight, mean, rstd = ctx.saved_tensors
+    dy = torch.zeros_like(s) if dy is None else dy
     dx, dweight, dbias = norm_backward(
         dy, ds if ctx.residual else None, s.contiguous(), weight, mean, rstd, ctx.bias, *ctx.switches
     )

@@ -48,7 +48,7 @@ def _turn(
     sin = tl.load(sin_ptr + t * HALF + i, i < HALF, other=0.0)[None, :]
     if BACK:
         sin = -sin
-    at = t * stride_t + head[:, None] * stride_h + i[None, :]
+    at = t * stride_t + head.to(tl.int64)[:, None] * stride_h + i[None, :]
     a = tl.load(x_ptr + at, inside, other=0.0).to(tl.float32)
     b = tl.load(x_ptr + at + HALF, inside, other=0.0).to(tl.float32)
     to = (t * heads + head[:, None]) * 2 * HALF + i[None, :]

@@ -1,6 +1,7 @@
 """What is timed on a GPU: each operation of ours and its peers, on the same random data."""
 
 # ruff: noqa: B023 - what a case runs is run before the next one is made
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -47,11 +48,15 @@ def drawn(*shape: int, scale: float = 1.0) -> torch.Tensor:
 
 
 def backward(output: Run, inputs: list[torch.Tensor]) -> Run:
-    """The backward pass alone of what `output` makes once."""
-    made = output()
-    made = made if isinstance(made, tuple) else (made,)
-    gradients = [torch.randn_like(one) for one in made]
-    return lambda: torch.autograd.grad(made, inputs, gradients, retain_graph=True)
+    """The backward pass alone of what `output` makes when it is first called."""
+
+    @functools.cache
+    def graph() -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor]]:
+        made = output()
+        made = made if isinstance(made, tuple) else (made,)
+        return made, [torch.randn_like(one) for one in made]
+
+    return lambda: torch.autograd.grad(graph()[0], inputs, graph()[1], retain_graph=True)
 
 
 def attentions() -> Iterator[Case]:
@@ -133,7 +138,10 @@ def norms() -> Iterator[Case]:
             ),
         }  # fmt: skip
         for name, (ours, eager, inputs, forward, back) in runs.items():
-            both = {"armillary": ours, "torch.compile": torch.compile(eager)} | _liger(name, x, weight, bias)
+            torch._dynamo.reset()  # or the next size would be compiled for any size
+            both = {"armillary": ours, "torch.compile": torch.compile(eager, dynamic=False)} | _liger(
+                name, x, weight, bias
+            )
             yield Case(f"{name} {n} forward", both, bytes=forward * x.nbytes)
             runs_back = {contender: backward(run, inputs) for contender, run in both.items()}
             yield Case(f"{name} {n} backward", runs_back, bytes=back * x.nbytes)
@@ -162,7 +170,7 @@ def elementwise() -> Iterator[Case]:
     ours = {"swiglu": (lambda: swiglu(x), x, 1.5, 2.5), "rope": (lambda: rope(q, *table), q, 2, 2)}
     eager = {"swiglu": lambda: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1], "rope": lambda: _rope(q, *table)}
     for name, (run, given, forward, back) in ours.items():
-        runs = {"armillary": run, "torch.compile": torch.compile(eager[name])}
+        runs = {"armillary": run, "torch.compile": torch.compile(eager[name], dynamic=False)}
         yield Case(f"{name} forward", runs, bytes=forward * given.nbytes)
         yield Case(
             f"{name} backward", {who: backward(one, [given]) for who, one in runs.items()}, bytes=back * given.nbytes
@@ -185,7 +193,7 @@ def losses() -> Iterator[Case]:
 
     runs = {
         "armillary": both(lambda: linear_cross_entropy(x, w, labels, ones)[0]),
-        "its three products": lambda: (x.detach() @ w.detach().T, logits @ w.detach(), logits.T @ x.detach()),
+        "limit: its three products": lambda: (x.detach() @ w.detach().T, logits @ w.detach(), logits.T @ x.detach()),
     }
     try:
         from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Liger

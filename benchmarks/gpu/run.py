@@ -1,57 +1,105 @@
 """The kernels on a GPU, beside their peers.
 
 Each operation is compared with float64, then timed in one run with its peers and with this GPU's own limits: a copy of
-memory, and a product of matrices. Prints a table; writes JSON and a plot to docs/results/kernels-GPU.*.
+memory, and a product of matrices. Prints a table; writes JSON and a plot to docs/results/kernels-GPU.*, the JSON after
+each row, so that nothing is lost if a later one hangs.
 """
 
 import argparse
 import json
 import re
+import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
-import matplotlib
-import matplotlib.pyplot as plt
 import torch
 import triton
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.gpu.cases import Case, cases
 from benchmarks.gpu.checks import checked, checks
 
+PATIENCE = 240  # seconds for one row
+
 
 def main() -> None:
-    matplotlib.use("Agg")
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--only", default="", help="of the cases, those whose name has this regular expression")
+    options.add_argument("--only", default="", help="of checks and cases, those whose name has this regular expression")
     options.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of the JSON and the plot")
+    options.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
+    options.add_argument("--start", type=int, default=0, help=argparse.SUPPRESS)
     args = options.parse_args()
     if not torch.cuda.is_available():
         print("there is no GPU here\n  to do: run `make gpu` on a machine with one (NVIDIA, compute capability 8.0 "
               "or higher, or AMD MI300)", file=sys.stderr)  # fmt: skip
         sys.exit(2)
     torch.manual_seed(0)
-    right = [row for check in checks() if re.search(args.only, check.name) for row in checked(check)]
-    wrong = [row for row in right if row["wrong"]]
-    print(
-        f"{len(right)} comparisons with float64, {len(wrong)} wrong", *map(json.dumps, wrong), sep="\n", file=sys.stderr
-    )
-    limits, found = {"copy, TB/s": copy_rate(), "matmul 8192, TFLOP/s": matmul_rate()}, []
-    for case in cases():
-        if re.search(args.only, case.name):
-            found.append(measured(case))
-            print(json.dumps(found[-1]), file=sys.stderr, flush=True)
-        torch.cuda.empty_cache()
+    if args.stage:
+        stage(args.stage, args.only, args.start)
+        return
     name = torch.cuda.get_device_name()
-    result = {"gpu": name, "torch": torch.__version__, "triton": triton.__version__, "limits": limits, "checks": right,
-              "cases": found}  # fmt: skip
     stem = args.out / f"kernels-{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}"
     args.out.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    plot(result, stem.with_suffix(".png"))
-    show(result)
-    sys.exit(bool(wrong) or any("armillary" in one["failed"] for one in found))
+    result = {"gpu": name, "torch": torch.__version__, "triton": triton.__version__} | {one: [] for one in STAGES}
+    for one in STAGES:
+        for row in rows(one, args.only):
+            result[one].append(row)
+            stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+            print(json.dumps(row), file=sys.stderr, flush=True)
+    right = [row for row in result["checks"] if not row["wrong"]]
+    timed = [row for row in result["cases"] if not row["wrong"]]
+    if timed and "matmul 8192, TFLOP/s" in result["limits"][0]:
+        plot(name, timed, stem.with_suffix(".png"))
+        show(name, timed, result["limits"][0])
+    print(f"{len(result['checks'])} comparisons with float64, {len(right)} right; {len(timed)} cases timed")
+    sys.exit(len(right) < len(result["checks"]) or len(timed) < len(result["cases"]))
+
+
+def rows(of: str, only: str) -> Iterator[dict]:
+    """What a stage finds; in processes of its own, since what breaks a GPU's context breaks it for all that follows."""
+    start, now = 0, ""
+    while True:
+        command = [sys.executable, "-m", "benchmarks.gpu", "--stage", of, "--start", str(start), "--only", only]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        watch = threading.Timer(PATIENCE, process.kill)
+        watch.start()
+        for line in process.stdout:
+            watch.cancel()
+            watch = threading.Timer(PATIENCE, process.kill)
+            watch.start()
+            row = json.loads(line)
+            if "begins" in row:
+                start, now = row["number"] + 1, row["begins"]
+            else:
+                yield row
+        watch.cancel()
+        if process.wait() == 0:
+            return
+        if not now:
+            yield {"name": of, "wrong": f"what comes behind number {start - 1} could not be made"}
+            return
+        yield {"name": now, "wrong": f"the process died, or said nothing for {PATIENCE} seconds"}
+        now = ""
+
+
+def stage(of: str, only: str, start: int) -> None:
+    """Print the rows of a stage as JSON lines, each behind the name of what begins."""
+    for number, (name, find) in enumerate(STAGES[of]()):
+        if number >= start and re.search(only if of != "limits" else "", name):
+            print(json.dumps({"number": number, "begins": name}), flush=True)
+            for row in find():
+                print(json.dumps(row), flush=True)
+            print(json.dumps({"number": number, "begins": ""}), flush=True)
+            torch.cuda.empty_cache()
+
+
+# Of each: names, and what finds their rows.
+STAGES = {
+    "checks": lambda: ((one.name, lambda one=one: checked(one)) for one in checks()),
+    "limits": lambda: [("limits", lambda: [{"copy, TB/s": copy_rate(), "matmul 8192, TFLOP/s": matmul_rate()}])],
+    "cases": lambda: ((one.name, lambda one=one: [measured(one)]) for one in cases()),
+}
 
 
 def copy_rate() -> float:
@@ -79,7 +127,7 @@ def measured(case: Case) -> dict:
             run()
             times[name] = milliseconds(run)
         except Exception as problem:  # each has its own way to say that it cannot
-            failed[name] = str(problem).splitlines()[0][:200]
+            failed[name] = f"{type(problem).__name__}: {problem}"[:200]
     work = case.flops or case.bytes
     return {
         "name": case.name,
@@ -87,19 +135,20 @@ def measured(case: Case) -> dict:
         "milliseconds": times,
         "rates": {name: work / time / 1e9 for name, time in times.items()},
         "failed": failed,
+        "wrong": failed.get("armillary", ""),
     }
 
 
-def show(result: dict) -> None:
+def show(gpu: str, found: list[dict], limits: dict) -> None:
     """The table: rates, ours as a multiple of the best peer, and as a share of the GPU's limit."""
-    copy, matmul = result["limits"].values()
-    table = Table("", "unit", "armillary", "of the limit", "best peer", "times it", title=result["gpu"])
-    for one in result["cases"]:
-        if "armillary" in one["failed"]:
-            table.add_row(one["name"], one["failed"]["armillary"])
-            continue
+    from rich.console import Console
+    from rich.table import Table
+
+    copy, matmul = limits.values()
+    table = Table("", "unit", "armillary", "of the limit", "best peer", "times it", title=gpu)
+    for one in found:
         ours = one["rates"]["armillary"]
-        peers = {name: rate for name, rate in one["rates"].items() if not name.startswith("armillary")}
+        peers = {name: rate for name, rate in one["rates"].items() if not name.startswith(("armillary", "limit"))}
         best = max(peers, key=peers.get) if peers else ""
         limit = matmul if one["unit"] == "TFLOP/s" else copy
         table.add_row(
@@ -110,18 +159,23 @@ def show(result: dict) -> None:
     print(f"copy {copy:.2f} TB/s, matmul {matmul:.0f} TFLOP/s")
 
 
-def plot(result: dict, path: Path) -> None:
+def plot(gpu: str, found: list[dict], path: Path) -> None:
     """Bars of every contender's rate, a panel for each unit."""
-    units = [unit for unit in ("TFLOP/s", "TB/s") if any(one["unit"] == unit for one in result["cases"])]
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    units = [unit for unit in ("TFLOP/s", "TB/s") if any(one["unit"] == unit for one in found)]
     figure, axes = plt.subplots(1, len(units), figsize=(9 * len(units), 12), layout="constrained", squeeze=False)
     for axis, unit in zip(axes[0], units, strict=True):
         bars = [
-            (f"{one['name']}: {name}", rate) for one in result["cases"] if one["unit"] == unit
+            (f"{one['name']}: {name}", rate) for one in found if one["unit"] == unit
             for name, rate in one["rates"].items()
         ][::-1]  # fmt: skip
         colours = ["C1" if name.endswith(": armillary") else "0.6" for name, _ in bars]
         axis.barh([name for name, _ in bars], [rate for _, rate in bars], color=colours)
-        axis.set(title=f"{result['gpu']}, {unit}")
+        axis.set(title=f"{gpu}, {unit}")
         axis.tick_params(axis="y", labelsize=6)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -106,24 +106,25 @@ def optimizers() -> Iterator[Shipped]:
 
 
 def decoders() -> Iterator[Shipped]:
-    for d in (64, 128, 256):
-        q, k, group = tensor(64, HEADS, d), tensor(64, ROWS, GROUPS, d), HEADS // GROUPS
+    for d, dtype in itertools.product((64, 128, 256), (torch.bfloat16, torch.float32)):
+        q, k = tensor(64, HEADS, d, dtype=dtype), tensor(64, ROWS, GROUPS, d, dtype=dtype)
+        group, name = HEADS // GROUPS, f"decode {d}{' of float32' if dtype == torch.float32 else ''}"
         o, lse = wide(64, GROUPS, 8, group, d), wide(64, GROUPS, 8, group)
         yield Shipped(
-            f"decode {d}", decode._parts,
-            (q, k, k, tensor(64, dtype=torch.int64), o, lse, 0.1275, *k.stride()[:3], *k.stride()[:3], 1024),
+            name, decode._parts,
+            (q, k, k, tensor(64, dtype=torch.int64), o, lse, 0.1275, *k.stride()[:3], *k.stride()[:3], ROWS, 1024),
             {"GROUP": group, "D": d, **decode.options(group, d, q.dtype)},
         )  # fmt: skip
         yield Shipped(
-            f"decode {d}, joined", decode._join, (o, lse, q, 8),
-            {"GROUP": group, "PARTS": 8, "D": d, "DP": d}, {"wide": False},
+            f"{name}, joined", decode._join, (o, lse, q, decode.MOST),
+            {"GROUP": group, "PARTS": decode.MOST, "D": d, "DP": d, "num_warps": decode.JOINING}, {"wide": False},
         )  # fmt: skip
 
 
 def attentions(target: str) -> Iterator[Shipped]:
     for d, (causal, window), dtype in itertools.chain(
         itertools.product((64, 80, 96, 128, 256), ((True, 0), (False, 0), (True, 4096)), (torch.bfloat16,)),
-        itertools.product((64, 128, 256), ((True, 0),), (torch.float32,)),
+        itertools.product((64, 80, 128, 256), ((True, 0), (False, 0)), (torch.float32,)),
     ):
         q, k = tensor(ROWS, HEADS, d, dtype=dtype), tensor(ROWS, GROUPS, d, dtype=dtype)
         lse, blocks = wide(HEADS, ROWS), tensor(ROWS // 64, 3, dtype=torch.int32)
@@ -139,7 +140,7 @@ def attentions(target: str) -> Iterator[Shipped]:
             switches | plan.of_forward, asks | {"tma": plan.tma, "specialised": plan.specialised},
         )  # fmt: skip
         if target == "sm_90" and causal and d in (64, 128) and dtype == torch.bfloat16:
-            special = attention_tiles.SPECIALISED
+            special = attention_tiles.SPECIALISED[d]
             given = [attention.descriptor(x, count) for x, count in zip((q, k, k), special.rows, strict=True)]
             yield Shipped(
                 f"{name} forward, specialised", attention_kernels.forward, (*given, q, lse, blocks, *tail),
@@ -150,6 +151,9 @@ def attentions(target: str) -> Iterator[Shipped]:
             (q, k, k, q, lse, lse, k, k, blocks, *tail), switches | plan.keys.options,
             asks if (d, target) != (256, "sm_90") else {},  # tiles for wgmma take more registers than there are
         )  # fmt: skip
+        if (causal, window) == (True, 0):
+            same = {name: switches[name] for name in ("D", "DP")} | {"BM": attention.DELTA // switches["DP"]}
+            yield Shipped(f"{name} backward, delta", attention_kernels.delta, (q, q, lse, ROWS), same)
         yield Shipped(
             f"{name} backward, queries", attention_kernels.backward_queries,
             (q, k, k, q, lse, lse, q, blocks, *tail), switches | plan.queries.options, asks,

@@ -153,6 +153,11 @@ REFUSED = {
     "attention: q must be [T, heads, d]": lambda: attention(Q[0], K, K, packing(7)),
     "attention: q must be .* T above 0": lambda: attention(Q[:0], K[:0], K[:0], packing(7)),
     "attention: q must be of floating-point": lambda: attention(Q.int(), K, K, packing(7)),
+    "attention: q must be of heads of 256 dimensions or fewer": lambda: attention(
+        *[torch.zeros(T, 1, 320)] * 3, packing(7)
+    ),
+    "decode_attention: lengths must be of whole numbers": lambda: decode_attention(Q, CACHE, CACHE, torch.ones(T)),
+    "linear_cross_entropy: labels must be of int64": lambda: linear_cross_entropy(Q[0], Q[1], Q[0, :, 0], Q[0, :, 0]),
     "attention: k must be of groups that divide": lambda: attention(Q, Q[:, :3], Q[:, :3], packing(7)),
     "attention: k must be of shape": lambda: attention(Q, K[..., :8], K[..., :8], packing(7)),
     "attention: v must be of shape": lambda: attention(Q, K, K[:6], packing(7)),

@@ -56,6 +56,17 @@ def test_rounding_by_chance_is_to_a_neighbour_and_without_a_bias(kept):
     assert not torch.equal(found, stepped(2))
 
 
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7FC00000, -1])
+def test_what_is_no_number_stays_none_by_chance(bits):
+    """A GPU's own has all bits set, so that what is added to them would make a number of it."""
+    weight = torch.full((3000,), bits, dtype=torch.int32).view(torch.float32)
+    for exactly in (torch.float32, torch.float64):
+        copy, zeros = torch.zeros(3000, dtype=torch.bfloat16), torch.zeros(3000, dtype=exactly)
+        tensors = ([one.clone()] for one in (weight.to(exactly), zeros, zeros, zeros))
+        adamw(*tensors, [copy], 1, **OPTIONS, seed=1)
+        assert copy.isnan().all()
+
+
 def test_the_optimizer_steps_as_that_of_pytorch_does():
     start, gradients = drawn([7, 2049, 3], 0), [drawn([7, 2049, 3], seed) for seed in range(1, 5)]
     ended = []

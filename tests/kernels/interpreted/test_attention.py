@@ -81,6 +81,29 @@ def test_what_each_gpu_has(target, window, monkeypatch):
     assert_near(apart, exact(lengths, True, window), qkv(201, 2, 1, 64), torch.bfloat16, scale=1.0)
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_what_another_document_holds_does_not_come_in(target, bad, monkeypatch):
+    monkeypatch.setattr(attention_module, "target", lambda device: target)
+    q, k, v = (x.bfloat16().requires_grad_() for x in qkv(200, 2, 1, 64))
+    spoilt = torch.where(torch.arange(200)[:, None, None] < 70, 0.0, bad).bfloat16()
+    out = ours([70, 130], True, 0)(q, k + spoilt, v + spoilt)
+    gradients = torch.autograd.grad(out[:70].float().sum(), (q, k, v))
+    assert out[:70].isfinite().all()
+    assert all(one[:70].isfinite().all() for one in gradients)
+
+
+def test_memory_that_tma_cannot_address():
+    """Rows that begin between multiples of 16 bytes, and heads that are one and the same."""
+    q, k, v = (x.bfloat16() for x in qkv(40, 2, 2, 64))
+    memory = torch.zeros(q.numel() + 1, dtype=torch.bfloat16)
+    apart = memory[1:].view_as(q)
+    apart.copy_(q)
+    same = k[:, :1].expand(-1, 2, -1)
+    want = ours([40], True, 0)(q, same.contiguous(), v)
+    assert torch.equal(ours([40], True, 0)(apart, same, v), want)
+
+
 def test_the_logarithm_of_the_denominator_comes_too():
     q, k, v = (x.float() for x in qkv(9, 2, 1, 16))
     for one in (q, q.double()):

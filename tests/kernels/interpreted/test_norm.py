@@ -74,3 +74,24 @@ def test_the_same_input_gives_the_same_bits():
     rstd = torch.ones(37)
     first, second = (norm_backward(x, None, x, weight, rstd[:0], rstd, True, False, False) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_what_lies_apart_in_memory_counts_as_it_is():
+    made = tensors((8, 6), True, True)
+    x, weight, bias, residual = (one.float() for one in made)
+    apart = [torch.stack([one, torch.full_like(one, 1e9)], -1)[..., 0] for one in (x.T, weight, bias, residual)]
+    found = layer_norm(apart[0].T, *apart[1:3], EPS, apart[3])
+    torch.testing.assert_close(found, layer_norm(x, weight, bias, EPS, residual))
+
+
+def test_a_result_that_is_not_used_has_no_gradient_to_give():
+    x, weight, _, residual = tensors((5, 7), False, True)
+    for used in (0, 1):
+        grads = []
+        for dtype in (torch.float32, torch.float64):
+            given = [one.to(dtype).requires_grad_() for one in (x, weight, residual)]
+            found = rms_norm(*given[:2], EPS, given[2])[used]
+            grads.append(torch.autograd.grad(found.square().sum(), given, allow_unused=True))
+        for got, want in zip(*grads, strict=True):
+            want = torch.zeros_like(got, dtype=torch.float64) if want is None else want
+            torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
