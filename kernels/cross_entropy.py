@@ -34,7 +34,8 @@ def linear_cross_entropy(
     loss is -log softmax(hidden weight')[label], of which `label_smoothing` is shared by all entries, + z_loss * lse^2.
 
     group: tensor-parallel ranks, which have V entries each, in their order; the gradient of `hidden` is then that of
-    this rank's entries, to be summed over them by the caller.
+    this rank's entries, to be summed over them by the caller. In float16 small weights lose their gradients: make them
+    larger, and the sum smaller.
     """
     name = "linear_cross_entropy"
     require(hidden.dim() == 2 and len(hidden) > 0, name, "hidden", f"[T, h] with T above 0, not {list(hidden.shape)}")

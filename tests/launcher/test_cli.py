@@ -73,3 +73,10 @@ def test_kernels_list_says_what_runs_and_why(armillary):
     shown = armillary("kernels", "list").stdout
     assert "the tensors are on CPU" in shown
     assert "attention" in shown
+
+
+def test_wrong_kernels_are_refused_before_anything_is_built(armillary, job_file, monkeypatch, tmp_path):
+    monkeypatch.setenv("ARMILLARY_KERNELS", "reference:normal")
+    done = armillary("train", job_file, f"data.path={tmp_path / 'built'}")
+    refused(done, "ARMILLARY_KERNELS=reference:normal means nothing", "attention, cross_entropy, norm")
+    assert not (tmp_path / "built").exists()
