@@ -24,6 +24,7 @@ from armillary.data_pipeline.windows import Windows
 from armillary.errors import DataError
 
 FETCHES = 8  # files that are fetched at once
+AHEAD = "fetch ahead"  # name of the thread that has the next block fetched
 OPEN_FETCHED = 16  # shards from a URL that are held open beside those of the blocks in hand
 
 
@@ -108,8 +109,8 @@ class Loader:
             if self._remote and cursor.block > fetched:
                 fetched = cursor.block
                 self._fetch(fetched, not with_tokens)
-                ahead = threading.Thread(target=self._fetch_ahead, args=(fetched + 1, not with_tokens), daemon=True)
-                ahead.start()
+                wanted = (fetched + 1, not with_tokens)
+                threading.Thread(target=self._fetch_ahead, name=AHEAD, args=wanted, daemon=True).start()
             planned, cursor = self.plan.rows(cursor, rows)
             micro_batches = [self.batch(cut(planned, start, micro_batch), with_tokens, with_images) for start in starts]
             yield Step(micro_batches, cursor)

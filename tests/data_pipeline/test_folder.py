@@ -25,7 +25,7 @@ from armillary.data_pipeline.cursor import Cursor
 from armillary.data_pipeline.folder import LocalFolder, checksum, open_folder
 from armillary.data_pipeline.images import ImageShape
 from armillary.data_pipeline.inspect import samples
-from armillary.data_pipeline.loader import Loader
+from armillary.data_pipeline.loader import AHEAD, Loader
 from armillary.data_pipeline.shards import read_manifest
 from armillary.data_pipeline.verify import check_files, verify
 from armillary.errors import DataError
@@ -242,6 +242,9 @@ def test_a_run_over_more_than_the_cache_holds_reads_the_same(storage, proxy, tmp
     positions = sum(shard.tokens - shard.documents + 15 * shard.images for shard in shards)
     near, steps = config_of(storage[0], tmp_path, **one), positions * 3 // 2 // (16 * 32)
     same(first_batches(near, steps, with_images=False), first_batches(far, steps, with_images=False))
+    for thread in threading.enumerate():
+        if thread.name == AHEAD:
+            thread.join()
     gets = [proxy.got[shard.file] for shard in shards]
     assert min(gets) >= 1
     assert sum(gets) <= 2.5 * len(gets)
