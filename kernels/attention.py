@@ -209,7 +209,6 @@ def attention_backward(
     v: torch.Tensor,
     o: torch.Tensor,
     lse: torch.Tensor,
-    blocks: torch.Tensor,
     query_blocks: torch.Tensor,
     key_blocks: torch.Tensor,
     cu_seqlens: torch.Tensor,
@@ -237,7 +236,7 @@ def attention_backward(
 
 
 @attention_backward.register_fake
-def _(do, q, k, v, o, lse, blocks, query_blocks, key_blocks, cu_seqlens, causal, window):
+def _(do, q, k, v, o, lse, query_blocks, key_blocks, cu_seqlens, causal, window):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -254,7 +253,7 @@ def _reference_backward(do, q, k, v, o, lse, cu_seqlens, causal, window):
 
 
 def _setup(ctx, inputs, output):
-    q, k, v, *tables, ctx.causal, ctx.window = inputs
+    q, k, v, _, *tables, ctx.causal, ctx.window = inputs
     ctx.save_for_backward(q, k, v, *output, *tables)
     ctx.mark_non_differentiable(output[1])
 

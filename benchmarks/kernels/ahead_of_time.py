@@ -44,6 +44,7 @@ class Facts:
     wide_loads: int
     tma: bool
     specialised: bool  # warps have registers of their own number (setmaxnreg)
+    atomic: bool  # it changes memory in an order that another run may not have
 
     def problems(self, dot: bool = False, wide: bool = True, tma: bool = False, specialised: bool = False) -> list[str]:
         """Why it is not fit to be shipped: with what it must have."""
@@ -54,6 +55,8 @@ class Facts:
             found.append(
                 f"a multiprocessor has no room for {self.shared} bytes and {self.registers} registers a thread"
             )
+        if self.atomic:
+            found.append("atomic operations")
         wanted = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}[self.target]
         if dot and self.tensor_cores != wanted:
             found.append(f"matrices are multiplied by {self.tensor_cores}, not by {wanted}")
@@ -142,6 +145,7 @@ def _of_nvidia(found, target: str) -> Facts:
         wide_loads=len(re.findall(r"LDG\.E\S*\.128|LDGSTS\S*\.128", code)),
         tma="cp.async.bulk.tensor" in ptx,
         specialised="setmaxnreg" in ptx,
+        atomic=bool(re.search(r"\b(?:atom|red)\.(?:global|relaxed|acq_rel)", ptx)),
     )
 
 
@@ -163,6 +167,7 @@ def _of_amd(found) -> Facts:
         wide_loads=len(re.findall(r"(?:global|buffer)_load_dwordx4", code)),
         tma=False,
         specialised=False,
+        atomic=bool(re.search(r"(?:global|buffer|flat)_atomic", code)),
     )
 
 

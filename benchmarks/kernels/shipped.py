@@ -20,6 +20,7 @@ from armillary.kernels import (
 )
 
 ROWS, HEADS, GROUPS = 8192, 32, 8
+MASKS = ((True, 0), (False, 0), (True, 4096))  # causal or not, and its window
 
 
 @dataclass(frozen=True)
@@ -123,16 +124,18 @@ def decoders() -> Iterator[Shipped]:
 
 def attentions(target: str) -> Iterator[Shipped]:
     for d, (causal, window), dtype in itertools.chain(
-        itertools.product((64, 80, 96, 128, 256), ((True, 0), (False, 0), (True, 4096)), (torch.bfloat16,)),
-        itertools.product((64, 80, 128, 256), ((True, 0), (False, 0)), (torch.float32,)),
+        itertools.product(
+            (64, 80, 96, 128, 256), ((True, 0), (False, 0), (True, 4096)), (torch.bfloat16, torch.float16)
+        ),
+        itertools.product((64, 80, 128, 256), MASKS[:2], (torch.float32,)),
     ):
         q, k = tensor(ROWS, HEADS, d, dtype=dtype), tensor(ROWS, GROUPS, d, dtype=dtype)
         lse, blocks = wide(HEADS, ROWS), tensor(ROWS // 64, 3, dtype=torch.int32)
         switches, plan = attention.switches(q, k, causal, window), attention_tiles.plan(d, dtype, window, target)
         name = f"attention {d} {'causal' if causal else 'full'}{f' window {window}' if window else ''}"
-        name += " of float32" if dtype == torch.float32 else ""
+        name += "" if dtype == torch.bfloat16 else f" of {str(dtype).removeprefix('torch.')}"
         tail = (0.1275, ROWS, HEADS * d, d, GROUPS * d, d, GROUPS * d, d)
-        asks, given = {"dot": dtype == torch.bfloat16}, (q, k, k)
+        asks, given = {"dot": dtype != torch.float32}, (q, k, k)
         if plan.tma:
             given = [attention.descriptor(x, count) for x, count in zip(given, plan.rows, strict=True)]
         yield Shipped(

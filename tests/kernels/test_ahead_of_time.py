@@ -8,10 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import triton
+import triton.language as tl
 
 from benchmarks.kernels.ahead_of_time import TARGETS, compiled
 from benchmarks.kernels.gate import examine
-from benchmarks.kernels.shipped import shipped
+from benchmarks.kernels.shipped import shipped, wide
 
 GOLDEN = Path(__file__).with_name("registers.json")  # python -m benchmarks.kernels.gate --golden
 MORE = 8  # registers that a kernel may take beyond the golden number
@@ -53,6 +55,11 @@ def test_all_shipped_kernels_are_fit(pool, target):
     assert_fit(pool, [(one.name, target) for one in shipped(target)])
 
 
+@triton.jit
+def added(x_ptr):
+    tl.atomic_add(x_ptr + tl.arange(0, 128), tl.load(x_ptr + 128 + tl.arange(0, 128)))
+
+
 def control(change: str) -> list[str]:
     """The problems of a kernel that is not fit."""
     backward = next(one for one in shipped("sm_90") if one.name == "attention 128 causal backward, queries")
@@ -63,6 +70,8 @@ def control(change: str) -> list[str]:
     if change == "no matrices":
         swiglu = next(one for one in shipped("sm_90") if one.name == "swiglu forward")
         backward = replace(swiglu, asks={"dot": True})
+    if change == "sums in any order":
+        backward = replace(backward, kernel=added, arguments=(wide(1024),), switches={}, asks={})
     if change == "no TMA":
         backward = replace(backward, asks={"tma": True, "specialised": True})
     return compiled(backward.kernel, "sm_90", backward.arguments, backward.switches).problems(**backward.asks)
@@ -74,6 +83,7 @@ def control(change: str) -> list[str]:
         ("more than the registers hold", "spills"),
         ("more than a block's shared memory", "a multiprocessor has no room"),
         ("no matrices", "matrices are multiplied by none"),
+        ("sums in any order", "atomic operations"),
         ("no TMA", "no TMA; warps are not specialised"),
     ],
 )
