@@ -7,7 +7,6 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 import triton
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from armillary.kernels import attention_kernels as kernels
 from armillary.kernels.arguments import require, require_like
@@ -53,7 +52,7 @@ class Packing:
         used = document < len(lengths)
         document = document.clamp(max=len(lengths) - 1)
         first = (number - (ends - counts)[document]) * size
-        table = torch.stack([starts[document], lengths[document] * used, first * used], 1)
+        table = torch.stack([starts[document] * used, lengths[document] * used, first * used], 1)
         return table[torch.argsort(table[:, 2], descending=True, stable=True)].int()
 
     def _groups(self, causal: bool) -> tuple[tuple[tuple[torch.Tensor, int, int], ...], torch.Tensor]:
@@ -183,13 +182,12 @@ def attention_forward(
         wide_v = v.to(scores.dtype).repeat_interleave(q.shape[1] // v.shape[1], 1)
         o = torch.einsum("hqk,khd->qhd", scores.softmax(-1), wide_v)
         return o.to(q.dtype).contiguous(), scores.logsumexp(-1)
-    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    chosen = _plan(q, window)
+    q, k, v = (_loadable(x, chosen.tma) for x in (q, k, v))
     o, lse = q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    chosen, given = _plan(q, window), (q, k, v)
-    if chosen.tma:
-        given = [descriptor(x, count) for x, count in zip(given, chosen.rows, strict=True)]
+    triton.set_allocator(_scratch)  # of this thread: the backward's is one of autograd's
     kernels.forward[len(blocks), q.shape[1]](
-        *given, o, lse, blocks, _scale(q), q.shape[0], *_strides(q, k, v),
+        q, k, v, o, lse, blocks, _scale(q), q.shape[0], *_strides(q, k, v),
         **switches(q, k, causal, window), **chosen.of_forward,
     )  # fmt: skip
     return o, lse
@@ -218,19 +216,20 @@ def attention_backward(
     """Gradients of q, k and v."""
     if not runs_triton("attention", q):
         return _reference_backward(do, q, k, v, o, lse, cu_seqlens, causal, window)
-    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
-    do, chosen, same = do.contiguous(), _plan(q, window), switches(q, k, causal, window)
+    chosen, same = _plan(q, window), switches(q, k, causal, window)
+    q, k, v, do = (_loadable(x, chosen.tma) for x in (q, k, v, do.contiguous()))
     dq, dk, dv, delta = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), torch.empty_like(lse)
     rows = DELTA // same["DP"]
     kernels.delta[triton.cdiv(q.shape[0], rows), q.shape[1]](
         o, do, delta, q.shape[0], D=same["D"], DP=same["DP"], BM=rows
     )
-    shared = (query_blocks, _scale(q), q.shape[0], *_strides(q, k, v))
+    shared = (_scale(q), q.shape[0], *_strides(q, k, v))
+    triton.set_allocator(_scratch)
     kernels.backward_keys[len(key_blocks), k.shape[1]](
-        q, k, v, do, lse, delta, dk, dv, key_blocks, *shared[1:], **same, **chosen.keys.options
+        q, k, v, do, lse, delta, dk, dv, key_blocks, *shared, **same, **chosen.of_keys
     )
     kernels.backward_queries[len(query_blocks), q.shape[1]](
-        q, k, v, do, lse, delta, dq, *shared, **same, **chosen.queries.options
+        q, k, v, do, lse, delta, dq, query_blocks, *shared, **same, **chosen.of_queries
     )
     return dq, dk, dv
 
@@ -265,17 +264,18 @@ def _gradients(ctx, do, _):
 attention_forward.register_autograd(_gradients, setup_context=_setup)
 
 
-def descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
-    """Of q, k or v, for loads of `rows` positions of one head by TMA: which wants multiples of 16 bytes.
+def _loadable(x: torch.Tensor, tma: bool) -> torch.Tensor:
+    """The same numbers, as kernels load them: each head's one behind another; by TMA, from multiples of 16 bytes."""
+    if tma:
+        places = (x.data_ptr(), *(x.element_size() * stride for stride in x.stride()[:2]))
+        if any(place % 16 for place in places) or x.stride(0) == 0:
+            return x.clone(memory_format=torch.contiguous_format)
+    return x if x.stride(2) == 1 else x.contiguous()
 
-    Of two axes, [T, heads * d], where heads lie one behind another and d is not padded; else of three."""
-    d = x.shape[2]
-    strides = [x.element_size() * stride for stride in x.stride()[:2]]
-    if any(number % 16 for number in (x.data_ptr(), *strides)) or 0 in strides:
-        x = x.clone(memory_format=torch.contiguous_format)
-    if d == head_block(d) and x.stride(1) == d:
-        return TensorDescriptor.from_tensor(x.flatten(1), [rows, d])
-    return TensorDescriptor.from_tensor(x, [rows, 1, head_block(d)])
+
+def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    """Memory for what a kernel tells TMA; its alignment is less than that of all memory of torch's."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def head_block(d: int) -> int:

@@ -3,14 +3,13 @@
 A row of `blocks` (int32 [3]) is a block of one document: where the document starts, its length, and the block's first
 position in it. Exponents are of 2, so `scale` has log2(e) in it. Offsets along positions are of 64 bits.
 
-With TMA, q, k and v come as descriptors of [positions, heads * D] or, where heads are padded or apart, of [positions,
-heads, D]: rows behind a document's end are then another document's, and masked after they are loaded.
+With TMA, a program describes its document's rows of a head to the hardware, which gives zeros behind the last of them.
 """
 
 import triton
 import triton.language as tl
 
-LN2 = tl.constexpr(0.6931471805599453)
+LN2, LOG2E = tl.constexpr(0.6931471805599453), tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -31,43 +30,52 @@ def _load(ptr, row, stride, inside, MASKED: tl.constexpr, D: tl.constexpr, DP: t
 
 
 @triton.jit
-def _rows(
-    ptr, begin, near, head, stride_t, stride_h, inside, MASKED: tl.constexpr, TMA: tl.constexpr, D: tl.constexpr,
-    DP: tl.constexpr, ROWS: tl.constexpr,
+def _head(
+    ptr, start, head, stride_t, stride_h, length, TMA: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Rows begin + near of a head, [ROWS, DP], by descriptor or by pointers; `begin` is of 64 bits."""
-    if TMA and len(ptr.block_shape) == 2:
-        rows = ptr.load([begin.to(tl.int32), head * D])
-    elif TMA:
-        rows = ptr.load([begin.to(tl.int32), head, 0]).reshape(ROWS, DP)
+    """Where a document's rows of a head are, for `_rows`, which loads ROWS at once."""
+    ptr += start * stride_t + tl.cast(head, tl.int64) * stride_h
+    if TMA:  # of an unused block, too, it has a row
+        ptr = tl.make_tensor_descriptor(ptr, [tl.maximum(length, 1), D], [stride_t, 1], [ROWS, DP])
+    return ptr
+
+
+@triton.jit
+def _rows(
+    of, first, stride_t, length, MASKED: tl.constexpr, TMA: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """Rows from `first` on, [ROWS, DP]: zeros behind the document's end, which only MASKED ones reach, and beyond D."""
+    if TMA:
+        rows = of.load([first, 0])
     else:
-        rows = _load(ptr + begin * stride_t + tl.cast(head, tl.int64) * stride_h, near, stride_t, inside, MASKED, D, DP)
+        row = tl.arange(0, ROWS)
+        rows = _load(of + tl.cast(first, tl.int64) * stride_t, row, stride_t, first + row < length, MASKED, D, DP)
     return rows
 
 
 @triton.jit
 def _seen(row, column, length, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """Which positions see which: broadcast over row and column."""
-    seen = (row < length) & (column < length)
+    """Which positions see which: broadcast over row and column; of rows in the document."""
+    seen = column < length
     if CAUSAL:
-        seen = seen & (row >= column)
+        seen = row >= column
     if WINDOW > 0:
-        seen = seen & (row - column < WINDOW)
+        seen = (row - column).to(tl.uint32, bitcast=True) < WINDOW  # what is below 0 is huge
     return seen
 
 
 @triton.jit
 def _attend(
-    o, total, peak, q, k_ptr, v_ptr, start, group, stride_kt, stride_kh, stride_vt, stride_vh, low, high, row, length,
-    scale, MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    o, total, peak, q, k_head, v_head, stride_kt, stride_vt, low, high, row, length, scale,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr, SPECIALISED: tl.constexpr,
 ):  # fmt: skip
-    """The keys [low, high) of the online softmax; of a document that begins at `start`, of 64 bits."""
-    near = tl.arange(0, BN)
+    """The keys [low, high) of the online softmax."""
     for begin in tl.range(low, high, BN, warp_specialize=SPECIALISED):
-        column = begin + near
-        at = start + begin
-        k = _rows(k_ptr, at, near, group, stride_kt, stride_kh, column < length, MASKED, TMA, D, DP, BN)
+        column = begin + tl.arange(0, BN)
+        k = _rows(k_head, begin, stride_kt, length, MASKED, TMA, D, DP, BN)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if MASKED:
             s = tl.where(_seen(row[:, None], column[None, :], length, CAUSAL, WINDOW), s, float("-inf"))
@@ -79,9 +87,7 @@ def _attend(
         decay = tl.exp2(peak - shift)
         total = total * decay + tl.sum(p, 1)
         o = o * decay[:, None]
-        v = _rows(v_ptr, at, near, group, stride_vt, stride_vh, column < length, MASKED, TMA, D, DP, BN)
-        if MASKED and TMA:  # what is not seen may be infinite, and 0 times that is no number
-            v = tl.where((column < length)[:, None], v, 0.0)
+        v = _rows(v_head, begin, stride_vt, length, MASKED, TMA, D, DP, BN)
         o = tl.dot(p.to(v.dtype), v, o, input_precision=PRECISION)
         peak = higher
     return o, total, peak
@@ -98,10 +104,11 @@ def forward(
     """o [positions, heads, D], contiguous; lse [heads, positions], of base e."""
     start, length, first = _block(blocks_ptr, tl.program_id(0))  # an unused block has no key, and stores nothing
     head = tl.program_id(1)
-    group = head // GROUP
-    near = tl.arange(0, BM)
-    row = first + near
-    q = _rows(q_ptr, start + first, near, head, stride_qt, stride_qh, row < length, True, TMA, D, DP, BM)
+    row = first + tl.arange(0, BM)
+    q_head = _head(q_ptr, start, head, stride_qt, stride_qh, length, TMA, D, DP, BM)
+    q = _rows(q_head, first, stride_qt, length, True, TMA, D, DP, BM)
+    k_head = _head(k_ptr, start, head // GROUP, stride_kt, stride_kh, length, TMA, D, DP, BN)
+    v_head = _head(v_ptr, start, head // GROUP, stride_vt, stride_vh, length, TMA, D, DP, BN)
 
     # Of the keys [low, high) that some row of the block sees, [whole, edge) are seen by all of its rows.
     low = 0
@@ -120,22 +127,22 @@ def forward(
     o = tl.zeros([BM, DP], tl.float32)
     if SPECIALISED:  # the compiler gives warps their own work where there is one loop, and no other
         o, total, peak = _attend(
-            o, total, peak, q, k_ptr, v_ptr, start, group, stride_kt, stride_kh, stride_vt, stride_vh,
-            low, high, row, length, scale, True, CAUSAL, WINDOW, PRECISION, D, DP, BN, TMA, True,
+            o, total, peak, q, k_head, v_head, stride_kt, stride_vt, low, high, row, length, scale,
+            True, CAUSAL, WINDOW, PRECISION, D, DP, BN, TMA, True,
         )  # fmt: skip
     else:
         if WINDOW > 0:
             o, total, peak = _attend(
-                o, total, peak, q, k_ptr, v_ptr, start, group, stride_kt, stride_kh, stride_vt, stride_vh, low,
-                tl.minimum(whole, high), row, length, scale, True, CAUSAL, WINDOW, PRECISION, D, DP, BN, TMA, False,
+                o, total, peak, q, k_head, v_head, stride_kt, stride_vt, low, tl.minimum(whole, high), row, length,
+                scale, True, CAUSAL, WINDOW, PRECISION, D, DP, BN, TMA, False,
             )  # fmt: skip
         o, total, peak = _attend(
-            o, total, peak, q, k_ptr, v_ptr, start, group, stride_kt, stride_kh, stride_vt, stride_vh,
-            edge, high, row, length, scale, True, CAUSAL, WINDOW, PRECISION, D, DP, BN, TMA, False,
+            o, total, peak, q, k_head, v_head, stride_kt, stride_vt, edge, high, row, length, scale,
+            True, CAUSAL, WINDOW, PRECISION, D, DP, BN, TMA, False,
         )  # fmt: skip
         o, total, peak = _attend(  # the longest loop last: so it takes the fewest registers
-            o, total, peak, q, k_ptr, v_ptr, start, group, stride_kt, stride_kh, stride_vt, stride_vh,
-            whole, edge, row, length, scale, False, CAUSAL, WINDOW, PRECISION, D, DP, BN, TMA, False,
+            o, total, peak, q, k_head, v_head, stride_kt, stride_vt, whole, edge, row, length, scale,
+            False, CAUSAL, WINDOW, PRECISION, D, DP, BN, TMA, False,
         )  # fmt: skip
     total = tl.where(total == 0.0, 1.0, total)  # of a row without a key: o is 0, lse the least there is
     o = o / total[:, None]
@@ -163,19 +170,20 @@ def backward_keys(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, blocks_ptr, scale, positions,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Gradients of k and v, [positions, groups, D], contiguous; do is too. A program sums over its group's heads."""
     # Blocks that begin latest come first in the table; here they have the least to do.
     start, length, first = _block(blocks_ptr, tl.num_programs(0) - 1 - tl.program_id(0))
     if first >= length:
         return
-    group = tl.program_id(1).to(tl.int64)
+    group = tl.program_id(1)
     groups = tl.num_programs(1)
-    near = tl.arange(0, BN)
-    column = first + near
-    k = _load(k_ptr + (start + first) * stride_kt + group * stride_kh, near, stride_kt, column < length, True, D, DP)
-    v = _load(v_ptr + (start + first) * stride_vt + group * stride_vh, near, stride_vt, column < length, True, D, DP)
+    column = first + tl.arange(0, BN)
+    k_head = _head(k_ptr, start, group, stride_kt, stride_kh, length, TMA, D, DP, BN)
+    k = _rows(k_head, first, stride_kt, length, True, TMA, D, DP, BN)
+    v_head = _head(v_ptr, start, group, stride_vt, stride_vh, length, TMA, D, DP, BN)
+    v = _rows(v_head, first, stride_vt, length, True, TMA, D, DP, BN)
     dk = tl.zeros([BN, DP], tl.float32)
     dv = tl.zeros([BN, DP], tl.float32)
 
@@ -190,20 +198,19 @@ def backward_keys(
     for i in tl.range(0, GROUP):
         head = group * GROUP + i
         stride_do = groups * GROUP * D
-        q_head = q_ptr + start * stride_qt + head * stride_qh
-        do_head = do_ptr + start * stride_do + head * D
+        q_head = _head(q_ptr, start, head, stride_qt, stride_qh, length, TMA, D, DP, BM)
+        do_head = _head(do_ptr, start, head, stride_do, D, length, TMA, D, DP, BM)
         for begin in tl.range(low, high, BM):
             row = begin + tl.arange(0, BM)
-            away = tl.cast(begin, tl.int64)
-            q = _load(q_head + away * stride_qt, tl.arange(0, BM), stride_qt, row < length, True, D, DP)
-            do = _load(do_head + away * stride_do, tl.arange(0, BM), stride_do, row < length, True, D, DP)
-            at = head * positions + start + row
-            lse = tl.load(lse_ptr + at, row < length, other=0.0) / LN2
-            delta = tl.load(delta_ptr + at, row < length, other=0.0)
+            q = _rows(q_head, begin, stride_qt, length, True, TMA, D, DP, BM)
+            do = _rows(do_head, begin, stride_do, length, True, TMA, D, DP, BM)
+            at = tl.cast(head, tl.int64) * positions + start + row
+            lse = tl.load(lse_ptr + at, row < length, other=0.0) * LOG2E
             p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale - lse[None, :])
-            if CAUSAL:  # positions behind the document's end are zeros, and add nothing
+            if CAUSAL:  # rows behind the document's end are zeros, and add nothing
                 p = tl.where(_seen(row[None, :], column[:, None], length, CAUSAL, WINDOW), p, 0.0)
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+            delta = tl.load(delta_ptr + at, row < length, other=0.0)
             ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     d = tl.arange(0, DP)
@@ -218,7 +225,7 @@ def backward_queries(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, blocks_ptr, scale, positions,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """The gradient of q, [positions, heads, D], contiguous; do is too."""
     start, length, first = _block(blocks_ptr, tl.program_id(0))
@@ -226,15 +233,16 @@ def backward_queries(
         return
     head = tl.program_id(1).to(tl.int64)
     heads = tl.num_programs(1)
-    near = tl.arange(0, BM)
-    row = first + near
+    row = first + tl.arange(0, BM)
     inside = row < length
-    q = _load(q_ptr + (start + first) * stride_qt + head * stride_qh, near, stride_qt, inside, True, D, DP)
-    do = _load(do_ptr + ((start + first) * heads + head) * D, near, heads * D, inside, True, D, DP)
-    lse = tl.load(lse_ptr + head * positions + start + row, inside, other=0.0) / LN2
+    q_head = _head(q_ptr, start, head, stride_qt, stride_qh, length, TMA, D, DP, BM)
+    q = _rows(q_head, first, stride_qt, length, True, TMA, D, DP, BM)
+    do_head = _head(do_ptr, start, head, heads * D, D, length, TMA, D, DP, BM)
+    do = _rows(do_head, first, heads * D, length, True, TMA, D, DP, BM)
+    lse = tl.load(lse_ptr + head * positions + start + row, inside, other=0.0) * LOG2E
     delta = tl.load(delta_ptr + head * positions + start + row, inside, other=0.0)
-    k_ptr += start * stride_kt + (head // GROUP) * stride_kh
-    v_ptr += start * stride_vt + (head // GROUP) * stride_vh
+    k_head = _head(k_ptr, start, head // GROUP, stride_kt, stride_kh, length, TMA, D, DP, BN)
+    v_head = _head(v_ptr, start, head // GROUP, stride_vt, stride_vh, length, TMA, D, DP, BN)
     low = 0
     high = length
     if CAUSAL:
@@ -244,9 +252,8 @@ def backward_queries(
     dq = tl.zeros([BM, DP], tl.float32)
     for begin in tl.range(low, high, BN):
         column = begin + tl.arange(0, BN)
-        away = tl.cast(begin, tl.int64)
-        k = _load(k_ptr + away * stride_kt, tl.arange(0, BN), stride_kt, column < length, True, D, DP)
-        v = _load(v_ptr + away * stride_vt, tl.arange(0, BN), stride_vt, column < length, True, D, DP)
+        k = _rows(k_head, begin, stride_kt, length, True, TMA, D, DP, BN)
+        v = _rows(v_head, begin, stride_vt, length, True, TMA, D, DP, BN)
         p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - lse[:, None])
         p = tl.where(_seen(row[:, None], column[None, :], length, CAUSAL, WINDOW), p, 0.0)
         ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])

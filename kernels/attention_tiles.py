@@ -24,8 +24,8 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Plan:
-    """Those of the three kernels with loops: the forward, and the backward of queries and of keys with values; and of
-    the forward, whether it loads by TMA, and has warps that only load."""
+    """Those of the three kernels with loops: the forward, and the backward of queries and of keys with values. `tma`:
+    they load by TMA; `specialised`: the forward has warps that only load."""
 
     forward: Tiles
     queries: Tiles
@@ -39,9 +39,14 @@ class Plan:
         return {**self.forward.options, "TMA": self.tma, "SPECIALISED": self.specialised}
 
     @property
-    def rows(self) -> tuple[int, int, int]:
-        """Positions of q, k and v that it loads at once."""
-        return self.forward.queries, self.forward.keys, self.forward.keys
+    def of_queries(self) -> dict[str, int]:
+        """For the launch of the backward of queries."""
+        return {**self.queries.options, "TMA": self.tma}
+
+    @property
+    def of_keys(self) -> dict[str, int]:
+        """For the launch of the backward of keys."""
+        return {**self.keys.options, "TMA": self.tma}
 
 
 # Of 16-bit numbers: by target, then by the least power of two that is no less than the head's dimensions, from 64 on.
@@ -52,9 +57,9 @@ PLANS = {
         256: Plan(Tiles(64, 64, 8, 1), Tiles(64, 32, 8, 2), Tiles(32, 64, 8, 1)),
     },
     "sm_90": {
-        64: Plan(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 2), tma=True),
-        128: Plan(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(32, 128, 8, 2), tma=True),
-        256: Plan(Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 1), Tiles(32, 32, 8, 1), tma=True),
+        64: Plan(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3), Tiles(64, 128, 8, 2), tma=True),
+        128: Plan(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3), Tiles(32, 128, 8, 2), tma=True),
+        256: Plan(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(16, 64, 8, 3), tma=True),
     },
     "sm_100": {
         64: Plan(Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 2), Tiles(32, 128, 8, 1)),
@@ -69,11 +74,11 @@ PLANS = {
 }
 
 # The backward of float32, which is multiplied without tensor cores on NVIDIA's: of queries, and of keys.
-FEW, MORE, LONG = Tiles(16, 16, 4, 1), Tiles(16, 16, 8, 1), Tiles(16, 32, 8, 1)
+FEW, MORE, LONG, LONGEST = Tiles(16, 16, 4, 1), Tiles(16, 16, 8, 1), Tiles(16, 32, 8, 1), Tiles(16, 64, 8, 1)
 FLOAT32 = {
-    "sm_80": {64: (FEW, FEW), 128: (FEW, MORE), 256: (FEW, MORE)},
-    "sm_90": {64: (FEW, FEW), 128: (Tiles(32, 16, 8, 1), FEW), 256: (FEW, LONG)},
-    "sm_100": {64: (FEW, FEW), 128: (MORE, LONG), 256: (FEW, LONG)},
+    "sm_80": {64: (MORE, FEW), 128: (MORE, MORE), 256: (FEW, MORE)},
+    "sm_90": {64: (FEW, FEW), 128: (Tiles(32, 16, 8, 1), LONGEST), 256: (FEW, LONG)},
+    "sm_100": {64: (FEW, FEW), 128: (MORE, LONGEST), 256: (FEW, LONG)},
     "gfx942": {64: (FEW, FEW), 128: (FEW, FEW), 256: (FEW, FEW)},
 }
 
@@ -88,4 +93,5 @@ def plan(d: int, dtype: torch.dtype, window: int, target: str) -> Plan:
         queries, keys = FLOAT32[target][head]
         return Plan(Tiles(32, 16, 8, 1) if d <= 64 else Tiles(16, 16, 8, 2), queries, keys)
     found = PLANS[target][head]
-    return replace(found, keys=replace(found.keys, stages=1)) if window else found
+    fewer = window and found.keys.stages == 2  # the masks take the registers of a load ahead
+    return replace(found, keys=replace(found.keys, stages=1)) if fewer else found

@@ -61,14 +61,14 @@ def _parts(
     mine = tl.arange(0, GP)
     at = (sequence * tl.num_programs(1) + group) * GROUP
     q = _load(q_ptr + at * D, mine, D, mine < GROUP, True, D, DP)
-    k_ptr += sequence * stride_kn
-    v_ptr += sequence * stride_vn
+    k_head = k_ptr + sequence * stride_kn + tl.cast(group, tl.int64) * stride_kh
+    v_head = v_ptr + sequence * stride_vn + tl.cast(group, tl.int64) * stride_vh
     peak = tl.full([GP], float("-inf"), tl.float32)
     total = tl.zeros([GP], tl.float32)
     o = tl.zeros([GP, DP], tl.float32)
     o, total, peak = _attend(
-        o, total, peak, q, k_ptr, v_ptr, sequence * 0, group, stride_kt, stride_kh, stride_vt, stride_vh,
-        low, high, mine * 0, high, scale, True, False, 0, PRECISION, D, DP, BN, False, False,
+        o, total, peak, q, k_head, v_head, stride_kt, stride_vt, low, high, mine * 0, high, scale,
+        True, False, 0, PRECISION, D, DP, BN, False, False,
     )  # fmt: skip
     total = tl.where(total == 0.0, 1.0, total)
     d = tl.arange(0, DP)

@@ -1,12 +1,13 @@
-"""The kernels on a GPU, beside their peers.
+"""The kernels on a GPU, beside their peers, and a training step.
 
 Each operation is compared with float64, then timed in one run with its peers and with this GPU's own limits: a copy of
-memory, and a product of matrices. Prints a table; writes JSON and a plot to docs/results/kernels-GPU.*, the JSON after
-each row, so that nothing is lost if a later one hangs.
+memory, and a product of matrices. Last a training step, with kernels and without. Prints a table; writes JSON and a
+plot to docs/results/kernels-GPU.*, the JSON after each row, so that nothing is lost if a later one hangs.
 """
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 import triton
 
+from armillary.kernels.forced import VARIABLE
 from benchmarks.gpu.cases import Case, cases
 from benchmarks.gpu.checks import checked, checks
 
@@ -52,6 +54,8 @@ def main() -> None:
     if timed and "matmul 8192, TFLOP/s" in result["limits"][0]:
         plot(name, timed, stem.with_suffix(".png"))
         show(name, timed, result["limits"][0])
+    for row in result["training"]:
+        print(f"{row['name']}: {row['wrong'] or '{positions/s:,.0f} positions/s, {TFLOP/s:.0f} TFLOP/s'.format(**row)}")
     print(f"{len(result['checks'])} comparisons with float64, {len(right)} right; {len(timed)} cases timed")
     sys.exit(len(right) < len(result["checks"]) or len(timed) < len(result["cases"]))
 
@@ -99,7 +103,9 @@ STAGES = {
     "checks": lambda: ((one.name, lambda one=one: checked(one)) for one in checks()),
     "limits": lambda: [("limits", lambda: [{"copy, TB/s": copy_rate(), "matmul 8192, TFLOP/s": matmul_rate()}])],
     "cases": lambda: ((one.name, lambda one=one: [measured(one)]) for one in cases()),
+    "training": lambda: ((f"training step, {how}", lambda how=how: [trained(how)]) for how in TRAINED),
 }
+TRAINED = {"kernels": "", "reference": "reference"}  # what ARMILLARY_KERNELS is
 
 
 def copy_rate() -> float:
@@ -137,6 +143,16 @@ def measured(case: Case) -> dict:
         "failed": failed,
         "wrong": failed.get("armillary", ""),
     }
+
+
+def trained(how: str) -> dict:
+    """A training step's figures; `wrong`: why there are none, as where Megatron-core or DeepSpeed are not installed."""
+    command, environment = [sys.executable, "-m", "benchmarks.gpu.training"], os.environ | {VARIABLE: TRAINED[how]}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    row = {"name": f"training step, {how}", "wrong": ""}
+    if done.returncode:
+        return row | {"wrong": done.stderr.strip().splitlines()[-1]}
+    return row | json.loads(done.stdout.splitlines()[-1])
 
 
 def show(gpu: str, found: list[dict], limits: dict) -> None:

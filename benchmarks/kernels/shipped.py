@@ -124,10 +124,8 @@ def decoders() -> Iterator[Shipped]:
 
 def attentions(target: str) -> Iterator[Shipped]:
     for d, (causal, window), dtype in itertools.chain(
-        itertools.product(
-            (64, 80, 96, 128, 256), ((True, 0), (False, 0), (True, 4096)), (torch.bfloat16, torch.float16)
-        ),
-        itertools.product((64, 80, 128, 256), MASKS[:2], (torch.float32,)),
+        itertools.product((64, 80, 96, 128, 256), MASKS, (torch.bfloat16, torch.float16)),
+        itertools.product((64, 80, 128, 256), MASKS, (torch.float32,)),
     ):
         q, k = tensor(ROWS, HEADS, d, dtype=dtype), tensor(ROWS, GROUPS, d, dtype=dtype)
         lse, blocks = wide(HEADS, ROWS), tensor(ROWS // 64, 3, dtype=torch.int32)
@@ -135,29 +133,24 @@ def attentions(target: str) -> Iterator[Shipped]:
         name = f"attention {d} {'causal' if causal else 'full'}{f' window {window}' if window else ''}"
         name += "" if dtype == torch.bfloat16 else f" of {str(dtype).removeprefix('torch.')}"
         tail = (0.1275, ROWS, HEADS * d, d, GROUPS * d, d, GROUPS * d, d)
-        asks, given = {"dot": dtype != torch.float32}, (q, k, k)
-        if plan.tma:
-            given = [attention.descriptor(x, count) for x, count in zip(given, plan.rows, strict=True)]
+        asks = {"dot": dtype != torch.float32, "tma": plan.tma}
         yield Shipped(
-            f"{name} forward", attention_kernels.forward, (*given, q, lse, blocks, *tail),
-            switches | plan.of_forward, asks | {"tma": plan.tma, "specialised": plan.specialised},
+            f"{name} forward", attention_kernels.forward, (q, k, k, q, lse, blocks, *tail),
+            switches | plan.of_forward, asks,
         )  # fmt: skip
         if target == "sm_90" and causal and d in (64, 128) and dtype == torch.bfloat16:
-            special = attention_tiles.SPECIALISED[d]
-            given = [attention.descriptor(x, count) for x, count in zip((q, k, k), special.rows, strict=True)]
             yield Shipped(
-                f"{name} forward, specialised", attention_kernels.forward, (*given, q, lse, blocks, *tail),
-                switches | special.of_forward, asks | {"tma": True, "specialised": True},
+                f"{name} forward, specialised", attention_kernels.forward, (q, k, k, q, lse, blocks, *tail),
+                switches | attention_tiles.SPECIALISED[d].of_forward, asks | {"specialised": True},
             )  # fmt: skip
         yield Shipped(
             f"{name} backward, keys", attention_kernels.backward_keys,
-            (q, k, k, q, lse, lse, k, k, blocks, *tail), switches | plan.keys.options,
-            asks if (d, target) != (256, "sm_90") else {},  # tiles for wgmma take more registers than there are
+            (q, k, k, q, lse, lse, k, k, blocks, *tail), switches | plan.of_keys, asks,
         )  # fmt: skip
         if (causal, window) == (True, 0):
             same = {name: switches[name] for name in ("D", "DP")} | {"BM": attention.DELTA // switches["DP"]}
             yield Shipped(f"{name} backward, delta", attention_kernels.delta, (q, q, lse, ROWS), same)
         yield Shipped(
             f"{name} backward, queries", attention_kernels.backward_queries,
-            (q, k, k, q, lse, lse, q, blocks, *tail), switches | plan.queries.options, asks,
+            (q, k, k, q, lse, lse, q, blocks, *tail), switches | plan.of_queries, asks,
         )  # fmt: skip

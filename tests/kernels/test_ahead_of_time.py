@@ -73,7 +73,8 @@ def control(change: str) -> list[str]:
     if change == "sums in any order":
         backward = replace(backward, kernel=added, arguments=(wide(1024),), switches={}, asks={})
     if change == "no TMA":
-        backward = replace(backward, asks={"tma": True, "specialised": True})
+        asks = {"tma": True, "specialised": True}
+        backward = replace(backward, switches=backward.switches | {"TMA": False}, asks=asks)
     return compiled(backward.kernel, "sm_90", backward.arguments, backward.switches).problems(**backward.asks)
 
 

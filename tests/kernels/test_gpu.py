@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 
@@ -11,3 +12,12 @@ def test_without_a_gpu_the_benchmark_says_so():
     assert done.returncode == 2
     assert done.stderr.startswith("there is no GPU here\n  to do: ")
     assert not done.stdout
+
+
+def test_the_training_step_that_is_timed_learns():
+    sizes = ["--depth", "1", "--positions", "64", "--images", "1", "--steps", "2"]
+    done = subprocess.run([sys.executable, "-m", "benchmarks.gpu.training", *sizes], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["losses"] == sorted(found["losses"], reverse=True)
+    assert found["positions/s"] == pytest.approx(64 / found["seconds"])

@@ -143,9 +143,9 @@ def test_positions_further_apart_than_32_bits_count():
     delta[:, -length:] = (near[3] * want.float()).sum(-1).T
     dq, dk, dv = (torch.zeros(total, 1, d) for _ in range(3))
     shared = (1 / math.sqrt(d) / math.log(2), total, *[x for one in (q, k, v) for x in one.stride()[:2]])
-    options = switches(q, k, True, 0)
-    kernels.backward_keys[1, 1](q, k, v, do, lse, delta, dk, dv, blocks, *shared, **options, BM=32, BN=32)
-    kernels.backward_queries[1, 1](q, k, v, do, lse, delta, dq, blocks, *shared, **options, BM=32, BN=32)
+    options = switches(q, k, True, 0) | {"BM": 32, "BN": 32, "TMA": False}
+    kernels.backward_keys[1, 1](q, k, v, do, lse, delta, dk, dv, blocks, *shared, **options)
+    kernels.backward_queries[1, 1](q, k, v, do, lse, delta, dq, blocks, *shared, **options)
     exactly = attention_backward(*(x.double() for x in (near[3], *near[:3])), want, want_lse, *tables[1:], True, 0)
     for got, one in zip((dq, dk, dv), exactly, strict=True):
         torch.testing.assert_close(got[-length:].double(), one, rtol=1e-4, atol=1e-5)
