@@ -2,18 +2,19 @@
 
 import collections
 import functools
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
+from armillary.data_pipeline import layout
 from armillary.data_pipeline.images import ImageShape, patchify
-from armillary.data_pipeline.layout import Blank, Layout, address_of, lay_out, table_of
+from armillary.data_pipeline.layout import Blank, Layout, address_of, table_of
 from armillary.data_pipeline.native import gather
 from armillary.data_pipeline.shards import Columns
 
-_NONE = np.empty(0, np.int64)
 AT_ONCE = 4  # images that a thread decodes before it asks for more
 
 
@@ -66,41 +67,22 @@ class PackedBatch:
 
 
 class Pieces(NamedTuple):
-    """What a batch is made of, one piece behind the other: stretches of tokens in memory, and runs of labels of one
-    weight. Behind a piece's last stretch stands the label of its last position. Padding is a piece of source -1."""
+    """What a batch is made of. Padding is a piece of source -1."""
 
-    bounds: np.ndarray  # int64 [pieces + 1]: positions up to each piece, and in all
+    layout: Layout
     source: np.ndarray  # int32 [pieces]
-    address: np.ndarray  # int64 [stretches]: where its tokens begin
-    count: np.ndarray  # int64 [stretches]: how many
-    last: np.ndarray | None  # int64 [pieces]: its last stretch; None: each has one
-    mask_bounds: np.ndarray  # int64 [runs + 1]: positions up to each run
-    mask_value: np.ndarray  # float32 [runs]
-    image_place: np.ndarray  # int64 [images]: the first position of each
-    images: list[memoryview]  # their files; none for a rank that never sees them
+    images: list[memoryview]  # the images' files; none for a rank that never sees them
     variations: np.ndarray  # uint64 [images]: names the random variation of each; 0: it is as it is
-    held: list  # the owners of that memory: while these are here, it is
+    held: list  # the owners of the memory that the layout is of: while these are here, it is
 
 
 def joined(parts: list[Pieces]) -> Pieces:
     """The pieces of several parts behind each other."""
     if len(parts) == 1:
         return parts[0]
-    found = {name: [] for name in Pieces._fields}
-    found["bounds"], found["mask_bounds"] = [np.zeros(1, np.int64)], [np.zeros(1, np.int64)]
-    at, stretches = 0, 0
-    for part in parts:
-        found["bounds"].append(at + part.bounds[1:])
-        found["last"].append(stretches + (np.arange(len(part.count)) if part.last is None else part.last))
-        found["mask_bounds"].append(at + part.mask_bounds[1:])
-        found["image_place"].append(at + part.image_place)
-        found["images"] += part.images
-        found["held"] += part.held
-        for name in ("source", "address", "count", "mask_value", "variations"):
-            found[name].append(getattr(part, name))
-        at += int(part.bounds[-1])
-        stretches += len(part.count)
-    return Pieces(**{name: one if name in ("images", "held") else np.concatenate(one) for name, one in found.items()})
+    layouts, sources, images, variations, held = zip(*parts, strict=True)
+    images, held = (list(itertools.chain.from_iterable(lists)) for lists in (images, held))
+    return Pieces(layout.joined(layouts), np.concatenate(sources), images, np.concatenate(variations), held)
 
 
 def assemble(
@@ -108,18 +90,18 @@ def assemble(
 ) -> PackedBatch:
     """Copy pieces behind each other; `dtype` is that of the shards' tokens. `each` is `map`, or that of a pool of
     threads: it decodes the images."""
-    positions = int(pieces.bounds[-1])
-    tokens_T, behind = np.empty(positions, dtype), np.empty(len(pieces.count), dtype)
-    gather(pieces.address, pieces.count, dtype.itemsize, tokens_T, behind)
+    made = pieces.layout
+    tokens_T, last_labels = np.empty(made.bounds[-1], dtype), np.empty(len(made.last), dtype)
+    gather(made.address, made.count, made.last, dtype.itemsize, tokens_T, last_labels)
     return PackedBatch(
         tokens_T=tokens_T,
-        last_labels=behind if pieces.last is None else behind[pieces.last],
-        mask_bounds=pieces.mask_bounds.astype(np.int32),
-        mask_values=pieces.mask_value,
-        cu_seqlens=pieces.bounds.astype(np.int32),
+        last_labels=last_labels,
+        mask_bounds=made.mask_bounds,
+        mask_values=made.mask_value,
+        cu_seqlens=made.bounds,
         piece_sources=pieces.source,
         patches_IND=_patches(pieces, shape, each),
-        image_starts_I=pieces.image_place,
+        image_starts_I=made.image_place,
     )
 
 
@@ -138,8 +120,9 @@ def whole_documents(columns: Columns, seq_length: int, shape: ImageShape, image_
     document, length, room = [], [], seq_length  # of pieces; padding is document -1
     for number, positions in enumerate(lengths.tolist()):
         if positions > room:
-            document.append(-1)
-            length.append(room)
+            if room:
+                document.append(-1)
+                length.append(room)
             room = seq_length
         document.append(number)
         length.append(positions)
@@ -149,58 +132,19 @@ def whole_documents(columns: Columns, seq_length: int, shape: ImageShape, image_
         length.append(room)
     of = np.array(document)
     padding, image = np.zeros(seq_length + 1, dtype), np.full(shape.positions + 1, image_token, dtype)
-    layout = lay_out(
-        documents_of(columns),
-        [table_of(columns)],
-        np.stack([of, np.zeros_like(of), length]),
-        Blank(address_of(padding), address_of(image), shape.positions, dtype.itemsize),
-    )
-    source = np.where(of < 0, -1, 0).astype(np.int32)
-    images = [columns.image(number) for number in range(len(layout.image_place))]
+    blank = Blank(address_of(padding), address_of(image), shape.positions, dtype.itemsize)
+    start, tables = np.zeros_like(of), table_of(columns)[None]
+    made = layout.lay_out(documents_of(columns), tables, of, start, np.array(length), blank)
+    images = [columns.image(number) for number in range(len(made.image_place))]
     unvaried = np.zeros(len(images), np.uint64)
-    return pieces_of(layout, 0, len(of), source, images, unvaried, [columns, padding, image])
+    return Pieces(made, np.where(of < 0, -1, 0).astype(np.int32), images, unvaried, [columns, padding, image])
 
 
-def documents_of(columns: Columns) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def documents_of(columns: Columns) -> np.ndarray:
     """All documents of a batch, for `lay_out`."""
     address = address_of(columns.tokens) + columns.offsets[:-1].astype(np.int64) * columns.tokens.itemsize
     rows = np.arange(len(columns))
-    return address, np.diff(columns.offsets).astype(np.int64), np.zeros_like(rows), rows
-
-
-def pieces_of(
-    layout: Layout,
-    first: int,
-    last: int,
-    source: np.ndarray,
-    images: list[memoryview],
-    variations: np.ndarray,
-    held: list,
-) -> Pieces:
-    """Pieces [first, last) of a layout; what else is given is of these."""
-    at, before, count = layout.bounds[first], first - 1, last - first
-    stretch, run, image = (
-        (int(ends[before]) if first else 0, int(ends[last - 1]))
-        for ends in (layout.stretch_ends, layout.mask_ends, layout.image_ends)
-    )
-    bounds = layout.bounds[first : last + 1] - at
-    one_stretch, one_run = (
-        stretch[1] - stretch[0] == count,
-        run[1] - run[0] == count,
-    )  # a piece, as each has one at least
-    return Pieces(
-        bounds=bounds,
-        source=source,
-        address=layout.address[stretch[0] : stretch[1]],
-        count=layout.count[stretch[0] : stretch[1]],
-        last=None if one_stretch else layout.stretch_ends[first:last] - (stretch[0] + 1),
-        mask_bounds=bounds if one_run else layout.mask_bounds[run[0] : run[1] + 1] - at,
-        mask_value=layout.mask_value[run[0] : run[1]],
-        image_place=layout.image_place[image[0] : image[1]] - at if image[0] < image[1] else _NONE,
-        images=images,
-        variations=variations,
-        held=held,
-    )
+    return np.stack([address, np.diff(columns.offsets).astype(np.int64), np.zeros_like(rows), rows])
 
 
 @functools.cache

@@ -63,7 +63,7 @@ class Corpus:
         """What the indexes say of `documents` (int64 [n]); no batch is read."""
         numbers, order = _sorted(documents)  # each shard's are a stretch, and its index is read from front to back
         shard = np.searchsorted(self._ends, numbers, side="right")
-        found = Entries(*(np.empty(len(documents), np.int64) for _ in range(5)), shard)
+        found = Entries(*(np.empty(len(documents), np.int64) for _ in range(5)), shard, np.empty(len(documents), bool))
         begins = np.flatnonzero(np.diff(shard, prepend=-1)).tolist()
         for begin, end in itertools.pairwise([*begins, len(documents)]):
             reader, which = self.reader(int(shard[begin])), slice(begin, end)
@@ -73,6 +73,7 @@ class Corpus:
             found.tokens[which] = reader.tokens[rows]
             found.images[which] = reader.images[rows]
             found.first[which] = reader.first[rows]
+            found.plain[which] = reader.plain[rows] if reader.mixed else True
         return found.take(inverse(order))
 
     def _reader(self, shard: int) -> ShardReader:
@@ -93,6 +94,7 @@ class Entries:
     batch: np.ndarray
     row: np.ndarray  # in its batch
     shard: np.ndarray
+    plain: np.ndarray  # bool: of nothing but tokens, with a weight of 1
 
     def take(self, which: np.ndarray) -> "Entries":
         """Those that `which` (int64) names, in its order."""

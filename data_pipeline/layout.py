@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -10,24 +10,22 @@ from armillary.data_pipeline import native
 from armillary.data_pipeline.document import LEARNED
 
 
-@dataclass(frozen=True)
-class Layout:
-    """m pieces, one behind the other. Piece i has the stretches up to stretch_ends[i], and so on (int64 [m]).
+class Layout(NamedTuple):
+    """m pieces, one behind the other.
 
     A piece is made of stretches of its document's tokens, and stretches of image tokens between them; what stands in
     memory behind its last stretch is the label of its last position. Each piece has a stretch and a run at least.
     """
 
-    bounds: np.ndarray  # int64 [m + 1]: positions up to each piece, and in all
+    bounds: np.ndarray  # int32 [m + 1]: positions up to each piece, and in all
     address: np.ndarray  # int64 [stretches]: where its tokens are
     count: np.ndarray  # int64 [stretches]: how many
-    stretch_ends: np.ndarray
-    mask_bounds: np.ndarray  # int64 [runs + 1]: positions up to each run of labels of one weight
-    mask_ends: np.ndarray
+    last: np.ndarray  # int64 [m]: the last stretch of each piece
+    mask_bounds: np.ndarray  # int32 [runs + 1]: positions up to each run of labels of one weight
+    mask_value: np.ndarray  # float32 [runs]
     image_place: np.ndarray  # int64 [images]: the first position of each
     image_number: np.ndarray  # int64 [images]: of its document's
-    image_ends: np.ndarray
-    mask_value: np.ndarray  # float32 [runs]
+    image_piece: np.ndarray  # int64 [images]: the piece that it is in
 
 
 class Described(Protocol):
@@ -42,7 +40,7 @@ class Described(Protocol):
     weight: np.ndarray  # float32
 
 
-PLAIN = np.zeros(9, np.int64)  # the table of documents of nothing but tokens
+PLAIN = np.zeros(9, np.int64)  # in the place of the table of documents of nothing but tokens, which nobody asks
 
 
 def table_of(described: Described) -> np.ndarray:
@@ -66,17 +64,43 @@ class Blank:
     itemsize: int
 
 
-def lay_out(documents: Sequence[np.ndarray], tables: Sequence[np.ndarray], pieces: np.ndarray, blank: Blank) -> Layout:
+def lay_out(
+    documents: np.ndarray, tables: np.ndarray, document: np.ndarray, start: np.ndarray, stop: np.ndarray, blank: Blank
+) -> Layout:
     """Lay out pieces behind each other.
 
-    documents: address, tokens, table and row there, int64 [n] each; tables: see `table_of`; pieces: document, start and
-    stop, int64 [3, m], where document -1 is padding. LookupError(number of the document) where its table contradicts
-    itself or a piece.
+    documents: int64 [4, n], address, tokens, table and row there (-1: nothing but tokens) of each; tables: int64
+    [tables, 9], see `table_of`; document, start and stop: int64 [m], of the pieces, where document -1 is padding.
+    LookupError(number of the document) where its table contradicts itself or a piece; OverflowError from 2^31 positions
+    on.
     """
-    *found, mask_value = native.lay_out(
-        np.stack(documents), np.stack(tables), LEARNED, pieces, blank.width, blank.itemsize, blank.image, blank.padding
+    bounds, address, count, last, mask_bounds, mask_value, *images = native.lay_out(
+        documents, tables, LEARNED, document, start, stop, blank.width, blank.itemsize, blank.image, blank.padding
     )
-    return Layout(*(np.frombuffer(one, np.int64) for one in found), np.frombuffer(mask_value, np.float32))
+    return Layout(
+        np.frombuffer(bounds, np.int32), *(np.frombuffer(one, np.int64) for one in (address, count, last)),
+        np.frombuffer(mask_bounds, np.int32), np.frombuffer(mask_value, np.float32),
+        *(np.frombuffer(one, np.int64) for one in images),
+    )  # fmt: skip
+
+
+def joined(parts: Sequence[Layout]) -> Layout:
+    """The pieces of several parts behind each other."""
+    if len(parts) == 1:
+        return parts[0]
+    found: dict[str, list[np.ndarray]] = {name: [] for name in Layout._fields}
+    at, stretches, pieces = 0, 0, 0
+    for part in parts:
+        moved = part._replace(
+            bounds=at + part.bounds[1 if at else 0 :], mask_bounds=at + part.mask_bounds[1 if at else 0 :],
+            last=stretches + part.last, image_place=at + part.image_place, image_piece=pieces + part.image_piece,
+        )  # fmt: skip
+        for name, column in moved._asdict().items():
+            found[name].append(column)
+        at += int(part.bounds[-1])
+        stretches += len(part.count)
+        pieces += len(part.last)
+    return Layout(**{name: np.concatenate(columns) for name, columns in found.items()})
 
 
 def address_of(array: np.ndarray) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from armillary.data_pipeline.batch import Pieces, pieces_of
+from armillary.data_pipeline.batch import Pieces
 from armillary.data_pipeline.config import DataConfig
 from armillary.data_pipeline.corpus import Corpus
 from armillary.data_pipeline.images import ImageShape
@@ -21,12 +21,12 @@ _NOTHING = np.empty(0, np.uint64)
 
 @dataclass(frozen=True)
 class _Located:
-    """A block's pieces, and the batches of documents that they are of."""
+    """Where a block's documents are, and the batches that hold them. What has an item more, has it for padding."""
 
-    layout: Layout  # addresses of compressed sources count from the beginning of their batch's tokens
-    source: np.ndarray  # int32 [pieces]; -1: padding
-    variation: np.ndarray | None  # uint64 [pieces]: names that of the piece's images; 0: they are as they are
-    compressed: list[int]  # the pieces of compressed sources
+    documents: np.ndarray  # for `lay_out`; addresses of compressed sources count from their batch's first token
+    tables: np.ndarray  # the same
+    source: np.ndarray  # int32 [documents + 1]; -1: padding
+    compressed: np.ndarray | None  # bool [documents + 1]: of a compressed source; None: none is
     end: np.ndarray  # int64 [documents]: the byte of its batch's tokens where a document ends
     readers: list[ShardReader]  # that keep the files there
     batch: np.ndarray  # int64 [documents + 1]: which of the readers' batches has a document; the last: none
@@ -69,21 +69,25 @@ class Locator:
         """What rows are made of; DataError where a batch that they need is damaged."""
         first, last = rows.pieces
         block, located = rows.block, self._located(rows.block)
-        located.check(block.packed.document[first:last])
-        images, variations = self._images(block, located, first, last) if with_images else ([], _NOTHING)
+        packed = block.packed
+        documents, start, stop = packed.document[first:last], packed.start[first:last], packed.stop[first:last]
+        located.check(documents)
+        try:
+            layout = lay_out(located.documents, located.tables, documents, start, stop, self._blank)
+        except LookupError as error:
+            raise located.readers[located.documents[2, error.args[0]]].inconsistent() from None
+        images, variations = self._images(block, located, documents, layout) if with_images else ([], _NOTHING)
         held = [located.readers, self._padding, self._image]
-        pieces = pieces_of(located.layout, first, last, located.source[first:last], images, variations, held)
-        low, high = bisect.bisect_left(located.compressed, first), bisect.bisect_left(located.compressed, last)
-        return self._unpacked(pieces, block, located, located.compressed[low:high], first) if low < high else pieces
+        pieces = Pieces(layout, located.source[documents], images, variations, held)
+        return pieces if located.compressed is None else self._unpacked(pieces, block, located, documents)
 
-    def _images(self, block: Block, located: _Located, first: int, last: int) -> tuple[list[memoryview], np.ndarray]:
-        """The files of the images of pieces [first, last), and the names of their variations."""
-        ends = located.layout.image_ends
-        begin, end = int(ends[first - 1]) if first else 0, int(ends[last - 1])
-        if begin == end:
+    def _images(
+        self, block: Block, located: _Located, documents: np.ndarray, layout: Layout
+    ) -> tuple[list[memoryview], np.ndarray]:
+        """The files of the images of pieces, and the names of their variations."""
+        if not len(layout.image_place):
             return [], _NOTHING
-        pieces = np.searchsorted(ends, np.arange(begin, end), side="right")
-        documents, number = block.packed.document[pieces], located.layout.image_number[begin:end]
+        documents, number = documents[layout.image_piece], layout.image_number
         columns = (documents, number, located.batch[documents], block.entries.row[documents])
         found, files = [], {}
         for document, nth, batch, row in zip(*(column.tolist() for column in columns), strict=True):
@@ -93,26 +97,29 @@ class Locator:
             data, bounds, before = files[batch]
             at = before[row] + nth
             found.append(data[bounds[at] : bounds[at + 1]])
-        names = located.variation[pieces] if located.variation is not None else np.zeros(len(found), np.uint64)
-        return found, np.where(names > 0, key_of(names, number), np.uint64(0)) if names.any() else names
+        varied = self._augment[block.source[documents]]
+        if not varied.any():
+            return found, np.zeros(len(found), np.uint64)
+        names = mix(documents.astype(np.uint64) + key_of(self._seed, 2, block.number)) | np.uint64(1)
+        return found, np.where(varied, key_of(names, number), np.uint64(0))
 
-    def _unpacked(self, pieces: Pieces, block: Block, located: _Located, compressed: list[int], first: int) -> Pieces:
+    def _unpacked(self, pieces: Pieces, block: Block, located: _Located, documents: np.ndarray) -> Pieces:
         """The same, where the tokens of compressed batches are, now that they are unpacked."""
-        address, held = pieces.address.copy(), list(pieces.held)
-        before = int(located.layout.stretch_ends[first - 1]) if first else 0
-        for piece in compressed:
-            source, shard, batch = block.batch_of(block.packed.document[piece])
+        layout, held = pieces.layout, list(pieces.held)
+        address, begins = layout.address.copy(), np.append(0, layout.last[:-1] + 1)
+        for piece in np.flatnonzero(located.compressed[documents]).tolist():
+            document = documents[piece]
+            source, shard, batch = block.batch_of(document)
             columns = self._corpora[source].columns(shard, batch)
             held.append(columns)
-            if located.end[block.packed.document[piece]] > columns.tokens.nbytes:
+            if located.end[document] > columns.tokens.nbytes:
                 raise self._corpora[source].reader(shard).inconsistent()
-            begin = int(located.layout.stretch_ends[piece - 1]) if piece else 0
-            mine = address[begin - before : int(located.layout.stretch_ends[piece]) - before]
+            mine = address[begins[piece] : layout.last[piece] + 1]
             mine += np.where(mine == self._blank.image, 0, address_of(columns.tokens))
-        return pieces._replace(address=address, held=held)
+        return pieces._replace(layout=layout._replace(address=address), held=held)
 
     def _locate(self, block: Block) -> _Located:
-        packed, entries, of = block.packed, block.entries, block.packed.document
+        entries = block.entries
         readers, reader = self._readers(block)
         batch_begins = np.cumsum([0, *(len(one.checked) for one in readers)])
         batch = batch_begins[reader] + entries.batch
@@ -125,23 +132,12 @@ class Locator:
             raise readers[outside[0]].inconsistent()
         begin += np.where(compressed, 0, tokens_at + np.array([one.address for one in readers])[reader])
 
-        mixed = [one.mixed for one in readers]
-        row = np.concatenate([one.batch_begins for one in readers])[batch] + entries.row if any(mixed) else entries.row
-        tables = [table_of(one) if one.mixed else PLAIN for one in readers]
-        pieces = np.stack([of, packed.start, packed.stop])
-        try:
-            layout = lay_out((begin, entries.tokens, reader, row), tables, pieces, self._blank)
-        except LookupError as error:
-            raise readers[reader[error.args[0]]].inconsistent() from None
-        variation = None
-        if self._augment.any():
-            names = mix(of.astype(np.uint64) + key_of(self._seed, 2, block.number)) | np.uint64(1)
-            variation = np.where(self._augment[block.source[of]], names, np.uint64(0))
+        row = np.where(entries.plain, -1, np.concatenate([one.batch_begins for one in readers])[batch] + entries.row)
         return _Located(
-            layout=layout,
-            source=np.where(of < 0, -1, block.source[of]).astype(np.int32),
-            variation=variation,
-            compressed=np.flatnonzero((of >= 0) & compressed[of]).tolist() if compressed.any() else [],
+            documents=np.stack([begin, entries.tokens, reader, row]),
+            tables=np.stack([table_of(one) if one.mixed else PLAIN for one in readers]),
+            source=np.append(block.source, -1).astype(np.int32),
+            compressed=np.append(compressed, False) if compressed.any() else None,
             readers=readers,
             end=end,
             batch=np.append(batch, batch_begins[-1]),

@@ -185,6 +185,11 @@ class ShardReader:
         """Of the file, in bytes."""
         return self._shard.bytes
 
+    @functools.cached_property
+    def plain(self) -> np.ndarray:
+        """Which documents are of nothing but tokens, and have a weight of 1: bool [documents]."""
+        return (np.diff(self.image_offsets) == 0) & (np.diff(self.span_offsets) == 0) & (self.weight == 1)
+
     def inconsistent(self) -> DataError:
         """What is wrong where the index does not agree with the file, or with itself."""
         return DataError(

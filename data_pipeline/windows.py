@@ -56,4 +56,7 @@ class Windows:
         begin = np.where(place > 0, self._ends[place - 1], 0)
         nothing = np.zeros(len(windows), np.int64)
         first = (windows - begin) * self._length
-        return Entries(nothing + self._length + 1, nothing, first, self._batch[place], nothing, self._shard[place])
+        plain = np.ones(len(windows), bool)
+        return Entries(
+            nothing + self._length + 1, nothing, first, self._batch[place], nothing, self._shard[place], plain
+        )

@@ -1,20 +1,22 @@
-/* lay_out(documents, tables, learned, pieces, width, itemsize, image, padding): where in memory the tokens of pieces are.
+/* lay_out(documents, tables, learned, document, start, stop, width, itemsize, image, padding): where in memory the tokens
+   of pieces are.
 
-   documents: int64 [4, n]; of each the address of its first token, how many tokens it has, its table and its row there.
-   tables: int64 [tables, 9], struct Table; learned: bool [roles]. pieces: int64 [3, m]; document, start and stop, in
-   positions, of each; document -1 is padding, of which `padding` is the address.
+   documents: int64 [4, n]; of each the address of its first token, how many tokens it has, its table and its row there,
+   where -1 stands for one of nothing but tokens.
+   tables: int64 [tables, 9], struct Table; learned: bool [roles]. document, start and stop: int64 [m], of each piece, in
+   positions; document -1 is padding, of which `padding` is the address.
 
    An image takes `width` positions, of which each holds the image token, and a document has one such token for each
    image: its positions are its tokens, with width - 1 image tokens more before each image's own. They are at `image`.
    `itemsize` is a token's bytes.
 
    Returns the arrays of layout.Layout as bytes. LookupError(i) where the table of document i contradicts itself, or a
-   piece reaches over the document's end. */
+   piece reaches over the document's end; OverflowError where there are 2^31 positions or more. */
 
 #include "native.h"
 
 typedef struct {
-    int64_t rows; /* 0: documents of this table are plain tokens */
+    int64_t rows;
     const int32_t *image_offsets;
     const uint32_t *image_at; /* the token that stands for each image */
     int64_t images;
@@ -34,10 +36,11 @@ typedef struct {
 } Document;
 
 typedef struct {
-    int64_t *bounds, *address, *count, *stretch_ends, *mask_bounds, *mask_ends, *image_place, *image_number, *image_ends;
+    int32_t *bounds, *mask_bounds;
+    int64_t *address, *count, *last, *image_place, *image_number, *image_piece;
     float *mask_value; /* all of these NULL while they are counted */
     Py_ssize_t stretches, runs, images;
-    int64_t at; /* positions so far */
+    int64_t at, piece; /* positions so far, and pieces */
     int64_t width, itemsize, image, padding;
     const uint8_t *learned;
     Py_ssize_t roles;
@@ -57,7 +60,7 @@ static int listed(const int32_t *offsets, int64_t row, int64_t items, int64_t *b
 static int look_up(Document *found, const Table *table, int64_t row, const Layout *to)
 {
     int64_t image, span;
-    if (!table->rows)
+    if (row == -1)
         return 1;
     if (row < 0 || row >= table->rows || !listed(table->image_offsets, row, table->images, &image, &found->images) ||
         !listed(table->span_offsets, row, table->spans, &span, &found->spans))
@@ -89,7 +92,7 @@ static void add_stretch(Layout *to, int64_t address, int64_t count)
 static void add_run(Layout *to, int64_t place, float value)
 {
     if (to->mask_bounds) {
-        to->mask_bounds[to->runs] = place;
+        to->mask_bounds[to->runs] = (int32_t)place;
         to->mask_value[to->runs] = value;
     }
     to->runs++;
@@ -100,6 +103,7 @@ static void add_image(Layout *to, int64_t place, int64_t number)
     if (to->image_place) {
         to->image_place[to->images] = place;
         to->image_number[to->images] = number;
+        to->image_piece[to->images] = to->piece;
     }
     to->images++;
 }
@@ -148,13 +152,14 @@ static int64_t positions(const Document *document, int64_t width)
 
 /* -1, or the document that is wrong. */
 static int64_t add_all(Layout *to, const int64_t *documents, Py_ssize_t n, const Table *tables, Py_ssize_t table_count,
-                       const int64_t *pieces, Py_ssize_t m)
+                       const int64_t *numbers, const int64_t *starts, const int64_t *stops, Py_ssize_t m)
 {
     to->at = to->stretches = to->runs = to->images = 0;
     for (Py_ssize_t i = 0; i < m; i++) {
-        int64_t number = pieces[i], start = pieces[m + i], stop = pieces[2 * m + i];
+        int64_t number = numbers[i], start = starts[i], stop = stops[i];
+        to->piece = i;
         if (to->bounds)
-            to->bounds[i] = to->at;
+            to->bounds[i] = (int32_t)to->at;
         if (number < 0) {
             add_stretch(to, to->padding, stop - start);
             add_run(to, to->at, 0);
@@ -171,33 +176,29 @@ static int64_t add_all(Layout *to, const int64_t *documents, Py_ssize_t n, const
             add_runs(to, &document, start, stop);
         }
         to->at += stop - start;
-        if (to->bounds) {
-            to->stretch_ends[i] = to->stretches;
-            to->mask_ends[i] = to->runs;
-            to->image_ends[i] = to->images;
-        }
+        if (to->last)
+            to->last[i] = to->stretches - 1;
     }
     if (to->bounds)
-        to->bounds[m] = to->mask_bounds[to->runs] = to->at;
+        to->bounds[m] = to->mask_bounds[to->runs] = (int32_t)to->at;
     return -1;
 }
 
 static PyObject *results(Layout *to, Py_ssize_t m)
 {
-    PyObject *found = PyTuple_New(10), *bytes;
+    PyObject *found = PyTuple_New(9), *bytes;
     struct { void *at; Py_ssize_t count, itemsize; } wanted[] = {
-        {&to->bounds, m + 1, 8},
+        {&to->bounds, m + 1, 4},
         {&to->address, to->stretches, 8},
         {&to->count, to->stretches, 8},
-        {&to->stretch_ends, m, 8},
-        {&to->mask_bounds, to->runs + 1, 8},
-        {&to->mask_ends, m, 8},
+        {&to->last, m, 8},
+        {&to->mask_bounds, to->runs + 1, 4},
+        {&to->mask_value, to->runs, 4},
         {&to->image_place, to->images, 8},
         {&to->image_number, to->images, 8},
-        {&to->image_ends, m, 8},
-        {&to->mask_value, to->runs, 4},
+        {&to->image_piece, to->images, 8},
     };
-    for (int i = 0; found && i < 10; i++) {
+    for (int i = 0; found && i < 9; i++) {
         if (!(bytes = result(wanted[i].at, wanted[i].count, wanted[i].itemsize)) || PyTuple_SetItem(found, i, bytes)) {
             Py_DECREF(found);
             return NULL;
@@ -208,28 +209,29 @@ static PyObject *results(Layout *to, Py_ssize_t m)
 
 PyObject *lay_out(PyObject *module, PyObject *args)
 {
-    Py_buffer documents, tables, learned, pieces;
+    Py_buffer given[6]; /* documents, tables, learned, document, start, stop */
     Layout to = {0};
     PyObject *found = NULL;
-    if (!PyArg_ParseTuple(args, "y*y*y*y*LLLL", &documents, &tables, &learned, &pieces, &to.width, &to.itemsize, &to.image,
-                          &to.padding))
+    if (!PyArg_ParseTuple(args, "y*y*y*y*y*y*LLLL", &given[0], &given[1], &given[2], &given[3], &given[4], &given[5],
+                          &to.width, &to.itemsize, &to.image, &to.padding))
         return NULL;
-    Py_ssize_t n = documents.len / 32, m = pieces.len / 24, count = tables.len / sizeof(Table);
-    to.learned = learned.buf;
-    to.roles = learned.len;
-    int64_t wrong;
-    Py_BEGIN_ALLOW_THREADS
-    wrong = add_all(&to, documents.buf, n, tables.buf, count, pieces.buf, m);
-    Py_END_ALLOW_THREADS
-    if (wrong >= 0) {
-        PyObject *number = PyLong_FromLongLong(wrong);
-        PyErr_SetObject(PyExc_LookupError, number);
-        Py_XDECREF(number);
-    } else if ((found = results(&to, m)))
-        add_all(&to, documents.buf, n, tables.buf, count, pieces.buf, m);
-    PyBuffer_Release(&documents);
-    PyBuffer_Release(&tables);
-    PyBuffer_Release(&learned);
-    PyBuffer_Release(&pieces);
+    Py_ssize_t n = given[0].len / 32, m = given[3].len / 8, count = given[1].len / sizeof(Table);
+    to.learned = given[2].buf;
+    to.roles = given[2].len;
+    if (given[4].len != given[3].len || given[5].len != given[3].len)
+        PyErr_SetString(PyExc_ValueError, "lay_out: the columns of its pieces are not of one length");
+    else {
+        int64_t wrong = add_all(&to, given[0].buf, n, given[1].buf, count, given[3].buf, given[4].buf, given[5].buf, m);
+        if (wrong >= 0) {
+            PyObject *number = PyLong_FromLongLong(wrong);
+            PyErr_SetObject(PyExc_LookupError, number);
+            Py_XDECREF(number);
+        } else if (to.at > INT32_MAX)
+            PyErr_SetString(PyExc_OverflowError, "lay_out: too many positions");
+        else if ((found = results(&to, m)))
+            add_all(&to, given[0].buf, n, given[1].buf, count, given[3].buf, given[4].buf, given[5].buf, m);
+    }
+    for (int i = 0; i < 6; i++)
+        PyBuffer_Release(&given[i]);
     return found;
 }

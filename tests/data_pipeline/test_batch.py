@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from armillary.data_pipeline.batch import Pieces, assemble, documents_of, joined, pieces_of
+from armillary.data_pipeline.batch import Pieces, assemble, documents_of, joined
 from armillary.data_pipeline.document import Encoded, Role
 from armillary.data_pipeline.images import ImageShape
 from armillary.data_pipeline.layout import Blank, address_of, lay_out, table_of
@@ -58,12 +58,11 @@ def test_any_pieces_of_any_documents_are_laid_out_as_they_are_one_by_one(documen
     if padding:
         number, start, stop = np.append(number, -1), np.append(start, 0), np.append(stop, padding)
     blank = Blank(nothing(seq_length), nothing(shape.positions, IMAGE), shape.positions, 2)
-    layout = lay_out(documents_of(columns), [table_of(columns)], np.stack([number, start, stop]), blank)
 
     def part(first: int, last: int) -> Pieces:
-        return pieces_of(
-            layout, first, last, number[first:last].astype(np.int32), [], np.empty(0, np.uint64), [columns]
-        )
+        cut = (column[first:last] for column in (number, start, stop))
+        layout = lay_out(documents_of(columns), table_of(columns)[None], *cut, blank)
+        return Pieces(layout, number[first:last].astype(np.int32), [], np.empty(0, np.uint64), [columns])
 
     def same(pieces: Pieces, first: int, last: int) -> None:
         batch, at = assemble(pieces, columns.tokens.dtype, shape), 0
@@ -92,6 +91,9 @@ def test_any_pieces_of_any_documents_are_laid_out_as_they_are_one_by_one(documen
             both = joined([part(first, middle), part(middle, last)])
             same(both, first, last)
             assert len(both.held) == 2, "the owners of both parts' memory"
+            for one, other in zip(both.layout, part(first, last).layout, strict=True):
+                assert one.dtype == other.dtype
+                assert np.array_equal(one, other)
 
 
 @functools.cache
@@ -119,32 +121,45 @@ def test_a_large_vocabulary_takes_wider_tokens():
 @given(
     st.sampled_from([np.uint16, np.uint32]),
     st.integers(20, 20_000).flatmap(
-        lambda size: st.tuples(st.just(size), st.lists(st.tuples(*[st.integers(0, size - 1)] * 2), max_size=40))
+        lambda size: st.tuples(
+            st.just(size), st.lists(st.tuples(*[st.integers(0, size - 1)] * 2, st.booleans()), max_size=40)
+        )
     ),
 )
 @settings(deadline=None)
 def test_stretches_are_gathered_with_what_stands_behind_them(dtype, stretches):
     size, cuts = stretches
     memory = np.random.default_rng(0).integers(0, 1 << 16, size).astype(dtype)
-    begins, ends = (np.array([fold(cut) for cut in cuts], np.int64) for fold in (min, max))
-    out, behind = np.empty((ends - begins).sum(), dtype), np.empty(len(cuts), dtype)
-    gather(address_of(memory) + begins * memory.itemsize, ends - begins, memory.itemsize, out, behind)
+    begins, ends = (np.array([fold(cut[:2]) for cut in cuts], np.int64) for fold in (min, max))
+    last = np.flatnonzero([cut[2] for cut in cuts])
+    out, behind = np.empty((ends - begins).sum(), dtype), np.empty(len(last), dtype)
+    gather(address_of(memory) + begins * memory.itemsize, ends - begins, last, memory.itemsize, out, behind)
     expected = [memory[begin:end] for begin, end in zip(begins, ends, strict=True)]
     assert np.array_equal(out, np.concatenate([np.empty(0, dtype), *expected]))
-    assert np.array_equal(behind, memory[ends])
+    assert np.array_equal(behind, memory[ends[last]])
 
 
 @pytest.mark.parametrize(
-    ("counts", "out", "behind"), [([3, 2], 4, 2), ([3, 2], 6, 2), ([3, 2], 5, 1), ([7, -2], 5, 2), ([2**62, 2], 5, 2)]
+    ("counts", "last", "out", "behind"),
+    [
+        ([3, 2], [0, 1], 4, 2),
+        ([3, 2], [0, 1], 6, 2),
+        ([3, 2], [0, 1], 5, 1),
+        ([7, -2], [0, 1], 5, 2),
+        ([2**62, 2], [0, 1], 5, 2),
+        ([3, 2], [1, 2], 5, 2),
+        ([3, 2], [1, 1], 5, 2),
+        ([3, 2], [-1, 1], 5, 2),
+    ],
 )
-def test_what_does_not_fit_is_not_gathered(counts, out, behind):
+def test_what_does_not_fit_is_not_gathered(counts, last, out, behind):
     memory = np.arange(8, dtype=np.uint16)
     address = np.full(2, address_of(memory))
     to, labels = np.zeros(out, np.uint16), np.zeros(behind, np.uint16)
     with pytest.raises(ValueError, match="do not fit"):
-        gather(address, np.array(counts), 2, to, labels)
+        gather(address, np.array(counts), np.array(last), 2, to, labels)
     with pytest.raises(ValueError, match="do not fit"):
-        gather(address[:1], np.array([3, 2]), 2, np.zeros(5, np.uint16), np.zeros(2, np.uint16))
+        gather(address[:1], np.array([3, 2]), np.array([0, 1]), 2, np.zeros(5, np.uint16), np.zeros(2, np.uint16))
     assert not to.any()
 
 
@@ -153,6 +168,7 @@ def test_padding_is_a_piece_of_its_own():
     assert batch.cu_seqlens.tolist() == [0, 4, 9, 10, 15, 20]
     assert batch.piece_sources.tolist() == [0, 0, -1, 0, -1]
     assert batch.piece_ids_T.tolist() == [0] * 4 + [1] * 5 + [2] + [3] * 5 + [4] * 5
+    assert batch_of([Encoded([2] * 6), Encoded([3] * 6)], 5, SHAPE, IMAGE).piece_sources.tolist() == [0, 0], "none"
 
 
 def test_a_document_longer_than_a_row_is_not_packed_whole():

@@ -27,8 +27,9 @@ def described(**changed):
 
 def laid_out(columns, document=0, start=0, stop=9, table=0, row=None):
     numbers = np.arange(2)
-    documents = (np.full(2, address_of(MEMORY)), np.full(2, 10), numbers * 0 + table, numbers if row is None else row)
-    return lay_out(documents, [table_of(columns), PLAIN], np.array([[document], [start], [stop]]), BLANK)
+    documents = [np.full(2, address_of(MEMORY)), np.full(2, 10), numbers * 0 + table, numbers if row is None else row]
+    piece = (np.array([column]) for column in (document, start, stop))
+    return lay_out(np.stack(documents), np.stack([table_of(columns), PLAIN]), *piece, BLANK)
 
 
 def test_a_table_says_what_its_documents_are():
@@ -38,7 +39,7 @@ def test_a_table_says_what_its_documents_are():
     assert first.image_place.tolist() == [2, 8]
     assert second.mask_bounds.tolist() == [0, 2, 9]
     assert second.mask_value.tolist() == [0, 0.5]
-    assert laid_out(columns, table=1).count.tolist() == [9], "of a plain table"
+    assert laid_out(columns, row=np.array([-1, -1])).count.tolist() == [9], "of nothing but tokens"
 
 
 @pytest.mark.parametrize(
@@ -72,11 +73,12 @@ def test_a_table_that_contradicts_itself_is_refused(changed):
         {"start": -1},
         {"start": 9},
         {"document": 1, "stop": 10},
-        {"table": 1, "stop": 10},
+        {"table": 1},
+        {"row": np.array([-1, -1]), "stop": 10},
         {"table": 2},
         {"table": -1},
         {"row": np.array([2, 2])},
-        {"row": np.array([-1, -1])},
+        {"row": np.array([-2, -2])},
     ],
 )
 def test_a_piece_outside_of_its_document_is_refused(piece):
