@@ -4,7 +4,6 @@ import collections
 import functools
 import itertools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -18,8 +17,7 @@ from armillary.data_pipeline.shards import Columns
 AT_ONCE = 4  # images that a thread decodes before it asks for more
 
 
-@dataclass(frozen=True)
-class PackedBatch:
+class PackedBatch(NamedTuple):
     """Several rows of packed documents, flattened to T = rows x seq_length positions.
 
     Documents never see each other: attention is causal within each [cu_seqlens[i], cu_seqlens[i+1]).

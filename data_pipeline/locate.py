@@ -31,10 +31,12 @@ class _Located:
     readers: list[ShardReader]  # that keep the files there
     batch: np.ndarray  # int64 [documents + 1]: which of the readers' batches has a document; the last: none
     batch_begins: list[int]  # the first of each reader's
-    unchecked: np.ndarray  # bool [batches + 1]: it has not been compared with its checksum
+    unchecked: np.ndarray | None  # bool [batches + 1]: it has not been compared with its checksum; None: each has
 
     def check(self, documents: np.ndarray) -> None:
         """Compare the batches of `documents` with their checksums, each once; DataError at the first that differs."""
+        if self.unchecked is None:
+            return
         batches = self.batch[documents]
         unchecked = batches[self.unchecked[batches]]
         if not len(unchecked):
@@ -133,6 +135,7 @@ class Locator:
         begin += np.where(compressed, 0, tokens_at + np.array([one.address for one in readers])[reader])
 
         row = np.where(entries.plain, -1, np.concatenate([one.batch_begins for one in readers])[batch] + entries.row)
+        unchecked = ~np.concatenate([*(one.checked for one in readers), [True]])
         return _Located(
             documents=np.stack([begin, entries.tokens, reader, row]),
             tables=np.stack([table_of(one) if one.mixed else PLAIN for one in readers]),
@@ -142,7 +145,7 @@ class Locator:
             end=end,
             batch=np.append(batch, batch_begins[-1]),
             batch_begins=batch_begins.tolist(),
-            unchecked=~np.concatenate([*(one.checked for one in readers), [True]]),
+            unchecked=unchecked if unchecked.any() else None,
         )
 
     def _readers(self, block: Block) -> tuple[list[ShardReader], np.ndarray]:

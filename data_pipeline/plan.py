@@ -5,6 +5,7 @@ The plan is the same on every rank, and reads indexes alone.
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -34,8 +35,7 @@ class Block:
         return int(self.source[document]), int(self.entries.shard[document]), int(self.entries.batch[document])
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """Rows [first, last) of a block."""
 
     block: Block
@@ -110,12 +110,12 @@ class Planner:
 
     def _image_starts(self, source: np.ndarray, entries: Entries, documents: np.ndarray) -> np.ndarray:
         """The first position of each image of some documents of a block, in its document; int64."""
-        found = []
-        for document in documents.tolist():
-            reader = self._corpora[int(source[document])].reader(int(entries.shard[document]))
-            begin = int(reader.image_offsets[reader.batch_begins[entries.batch[document]] + entries.row[document]])
-            found.append(reader.image_at[begin : begin + entries.images[document]])
-            if len(found[-1]) != entries.images[document]:
+        found, columns = [], (source, entries.shard, entries.batch, entries.row, entries.images)
+        for of, shard, batch, row, images in zip(*(column[documents].tolist() for column in columns), strict=True):
+            reader = self._corpora[of].reader(shard)
+            begin = reader.image_offsets[reader.batch_begins[batch] + row]
+            found.append(reader.image_at[begin : begin + images])
+            if len(found[-1]) != images:
                 raise reader.inconsistent()
         counts = entries.images[documents]
         number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)

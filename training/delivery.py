@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from armillary.model.multimodal import Inputs
 from armillary.training.config import TrainJob
 
 ALIGNMENT = 16  # bytes
-FIELDS = [field.name for field in fields(PackedBatch)]
+FIELDS = PackedBatch._fields
 HEADER = ("weight", "token_bytes", "block", "row")  # numbers before the fields' sizes
 
 

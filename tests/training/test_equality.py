@@ -1,7 +1,6 @@
 """Every layout computes what a plain PyTorch model computes in one process: loss, gradient norm, weights."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -111,7 +110,7 @@ def source_losses(model, batch, kinds):
     """The mean loss over each source's learned tokens alone, of the sources that the batch has tokens of."""
     masks = {kind: batch.loss_mask_T * (batch.source_ids_T == number) for number, kind in enumerate(kinds)}
     return {
-        kind: model.loss(replace(batch, mask_bounds=range(len(mask) + 1), mask_values=mask), mask.sum()).item()
+        kind: model.loss(batch._replace(mask_bounds=range(len(mask) + 1), mask_values=mask), mask.sum()).item()
         for kind, mask in masks.items()
         if mask.any()
     }
