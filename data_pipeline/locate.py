@@ -129,7 +129,7 @@ class Locator:
         begin = entries.first * self._blank.itemsize
         tokens_at = np.concatenate([one.tokens_at for one in readers])[batch]
         end, size = begin + entries.tokens * self._blank.itemsize, np.array([one.size for one in readers])[reader]
-        outside = reader[~compressed & ((tokens_at < 0) | (tokens_at + end > size))]
+        outside = reader[~compressed & ((tokens_at < 0) | (tokens_at > size - end))]
         if len(outside):
             raise readers[outside[0]].inconsistent()
         begin += np.where(compressed, 0, tokens_at + np.array([one.address for one in readers])[reader])

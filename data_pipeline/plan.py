@@ -113,7 +113,7 @@ class Planner:
         found, columns = [], (source, entries.shard, entries.batch, entries.row, entries.images)
         for of, shard, batch, row, images in zip(*(column[documents].tolist() for column in columns), strict=True):
             reader = self._corpora[of].reader(shard)
-            begin = reader.image_offsets[reader.batch_begins[batch] + row]
+            begin = int(reader.image_offsets[reader.batch_begins[batch] + row])
             found.append(reader.image_at[begin : begin + images])
             if len(found[-1]) != images:
                 raise reader.inconsistent()

@@ -168,7 +168,11 @@ class ShardReader:
         self.span_offsets: np.ndarray = spans.offsets.to_numpy()  # int32 [documents + 1]
         self.mixed = reader.schema.metadata[b"mixed"] == b"true"  # some document has images, roles or a weight
         self._batches = json.loads(reader.schema.metadata[b"batches"])
-        self.batch_ends = np.array([batch["documents"] for batch in self._batches], np.int64)
+        ends = [batch["documents"] for batch in self._batches]
+        inside = (0 <= one["start"] <= one["stop"] <= shard.bytes >= one["tokens_at"] for one in self._batches)
+        if ends != sorted(ends) or [0, *ends][-1] != len(self.tokens) or not all(inside):
+            raise self.inconsistent()
+        self.batch_ends = np.array(ends, np.int64)
         self.batch_begins = np.concatenate([[0], self.batch_ends[:-1]])
         self.tokens_at = np.array([batch["tokens_at"] for batch in self._batches], np.int64)  # bytes
         self.checked = np.zeros(len(self._batches), bool)  # batches whose checksum was found right

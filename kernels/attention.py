@@ -112,6 +112,7 @@ def attention_and_lse(
     """See `attention`; and the logarithm of each softmax's denominator, [heads, T], float32 (float64 of float64),
     through which no gradient goes: what two parts of the keys need to be put together."""
     _check(q, k, v, packing, causal, window)
+    window = window if window < packing.positions else 0  # nothing is further away
     chosen = _plan(q, window)
     blocks = (packing.blocks(size) for size in (chosen.forward.queries, chosen.queries.queries, chosen.keys.keys))
     return attention_forward(q, k, v, *blocks, packing.cu_seqlens, causal, window)
@@ -185,7 +186,8 @@ def attention_forward(
     chosen = _plan(q, window)
     q, k, v = (_loadable(x, chosen.tma) for x in (q, k, v))
     o, lse = q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    triton.set_allocator(_scratch)  # of this thread: the backward's is one of autograd's
+    if chosen.tma:
+        triton.set_allocator(_scratch)  # of this thread: the backward's is one of autograd's
     kernels.forward[len(blocks), q.shape[1]](
         q, k, v, o, lse, blocks, _scale(q), q.shape[0], *_strides(q, k, v),
         **switches(q, k, causal, window), **chosen.of_forward,
@@ -224,7 +226,8 @@ def attention_backward(
         o, do, delta, q.shape[0], D=same["D"], DP=same["DP"], BM=rows
     )
     shared = (_scale(q), q.shape[0], *_strides(q, k, v))
-    triton.set_allocator(_scratch)
+    if chosen.tma:
+        triton.set_allocator(_scratch)
     kernels.backward_keys[len(key_blocks), k.shape[1]](
         q, k, v, do, lse, delta, dk, dv, key_blocks, *shared, **same, **chosen.of_keys
     )

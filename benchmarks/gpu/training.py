@@ -40,24 +40,29 @@ def main() -> None:
 
 def measured(config: ModelConfig, positions: int, images: int, steps: int) -> dict:
     """Medians over the steps; `losses` are all of them."""
-    rank = Rank()
-    join(rank, Layout())
+    join(Rank(), Layout())
+    try:
+        return _measured(config, positions, images, steps, Rank().device)
+    finally:
+        leave()
+
+
+def _measured(config: ModelConfig, positions: int, images: int, steps: int, device: torch.device) -> dict:
     torch.manual_seed(0)
     model = MultimodalModel(config, False, torch.bfloat16)
     initialize(model, 0)
-    model = model.to(rank.device)
+    model = model.to(device)
     optimizer = OptimizerConfig()
     engine = Engine(model, optimizer, bf16=True)
-    batch = drawn(config, positions, images, rank.device)
+    batch = drawn(config, positions, images, device)
     seconds, losses = [], []
     for _ in range(3 + steps):
         begin = time.perf_counter()
         step = DeviceStep(float(positions), positions, 1, iter([batch]), Cursor())
-        result = train_step(model, engine, step, 1, optimizer.learning_rate, rank.device, False)
+        result = train_step(model, engine, step, 1, optimizer.learning_rate, device, False)
         seconds.append(time.perf_counter() - begin)  # its figures are on the CPU, so that it is done
         losses.append(result.loss)
-    leave()
-    median, gpu = statistics.median(seconds[3:]), rank.device.type == "cuda"
+    median, gpu = statistics.median(seconds[3:]), device.type == "cuda"
     return {
         "parameters": sum(one.numel() for one in model.parameters()),
         "positions": positions,

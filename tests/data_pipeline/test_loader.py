@@ -184,7 +184,10 @@ def test_damaged_text_is_not_trained_on(tables, shards, tmp_path, packing):
         loader.batch(loader.plan.rows(Cursor(), 2000)[0])
 
 
-@pytest.mark.parametrize("tokens_at", ["far", "negative", "a token too far", "compressed", "no such role"])
+@pytest.mark.parametrize(
+    "tokens_at",
+    ["far", "negative", "a token too far", "wraps", "huge", "few documents", "compressed", "no such role"],
+)
 def test_an_index_that_does_not_fit_its_shard_is_not_followed(tables, shards, tmp_path, tokens_at):
     copy = tmp_path / "shards"
     if tokens_at == "compressed":
@@ -196,7 +199,8 @@ def test_an_index_that_does_not_fit_its_shard_is_not_followed(tables, shards, tm
     (shard,) = manifest.sources["pydoc"]
     index = pa.ipc.open_file((copy / shard.index_file).read_bytes()).read_all()
     beyond = shard.bytes - 2 * shard.batch_tokens[-1] + 2
-    at = {"far": 1 << 40, "negative": -64, "a token too far": beyond}.get(tokens_at, 0)
+    wraps = {"wraps": 2**63 - 8, "huge": 2**64}
+    at = (wraps | {"far": 1 << 40, "negative": -64, "a token too far": beyond}).get(tokens_at, 0)
     if tokens_at == "compressed":
         first = pa.array(index["first"].to_numpy() + (1 << 20), pa.uint32())
         index = index.set_column(index.column_names.index("first"), index.schema.field("first"), first)
@@ -206,6 +210,8 @@ def test_an_index_that_does_not_fit_its_shard_is_not_followed(tables, shards, tm
         index = index.set_column(column, index.schema.field(column), spans)
         index = index.replace_schema_metadata(index.schema.metadata | {b"mixed": b"true"})
     batches = [batch | {"tokens_at": at} for batch in json.loads(index.schema.metadata[b"batches"])]
+    if tokens_at == "few documents":
+        batches[-1]["documents"] -= 1
     index = index.replace_schema_metadata(index.schema.metadata | {b"batches": json.dumps(batches)})
     with pa.ipc.new_file(str(copy / shard.index_file), index.schema) as writer:
         writer.write_table(index)

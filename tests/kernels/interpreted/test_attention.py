@@ -93,6 +93,15 @@ def test_what_another_document_holds_does_not_come_in(target, bad, monkeypatch):
     assert all(one[:70].isfinite().all() for one in gradients)
 
 
+def test_a_window_may_be_wider_than_everything():
+    q, k, v = (x.float().requires_grad_() for x in qkv(40, 2, 1, 16))
+    made = []
+    for window in (0, 2**31 - 1, 2**40):
+        out = ours([10, 30], True, window)(q, k, v)
+        made.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    assert all(torch.equal(one, other) for wide in made[1:] for one, other in zip(made[0], wide, strict=True))
+
+
 def test_memory_that_tma_cannot_address():
     """Rows that begin between multiples of 16 bytes, and heads that are one and the same."""
     q, k, v = (x.bfloat16() for x in qkv(40, 2, 2, 64))
