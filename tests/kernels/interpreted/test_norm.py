@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from armillary.kernels.norm import WIDEST, layer_norm, norm_backward, rms_norm
@@ -10,9 +10,13 @@ EPS = 1e-5
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 
 
-def exact(layer, zero_centred):
+def exact(layer, zero_centred, dtype):
+    """`dtype`: to which x + residual is rounded before it is normalised, which a mean near to every number makes much
+    of; its gradient passes as if it were not."""
+
     def norm(x, weight, bias, residual):
         s = x if residual is None else x + residual
+        s = s + (s.to(dtype).double() - s).detach()
         away = s - s.mean(-1, keepdim=True) if layer else s
         y = away / (away.square().mean(-1, keepdim=True) + EPS).sqrt() * (weight + zero_centred)
         y = y if bias is None else y + bias
@@ -39,14 +43,14 @@ def tensors(shape, bias, residual, seed=0):
 
 
 @given(
-    # Three numbers may be so near to each other that the rounding of x + residual is most of what LayerNorm sees.
-    shape=st.tuples(st.integers(1, 5), st.integers(1, 9), st.integers(4, 300)),
+    shape=st.tuples(st.integers(1, 5), st.integers(1, 9), st.integers(3, 300)),
     layer=st.booleans(), bias=st.booleans(), residual=st.booleans(), zero_centred=st.booleans(), dtype=dtypes,
 )  # fmt: skip
+@example(shape=(2, 6, 3), layer=True, bias=False, residual=True, zero_centred=False, dtype=torch.bfloat16)
 @settings(deadline=None, max_examples=60)
 def test_rows_of_any_length_are_near_float64(shape, layer, bias, residual, zero_centred, dtype):
     made = tensors(shape, layer and bias, residual)
-    assert_near(ours(layer, zero_centred), exact(layer, zero_centred), made, dtype)
+    assert_near(ours(layer, zero_centred), exact(layer, zero_centred, dtype), made, dtype)
 
 
 def test_a_row_of_one_number():
@@ -59,7 +63,7 @@ def test_a_row_of_one_number():
 @pytest.mark.parametrize("layer", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_that_no_program_holds_at_once(layer, dtype):
-    assert_near(ours(layer, True), exact(layer, True), tensors((3, WIDEST + 77), layer, True), dtype)
+    assert_near(ours(layer, True), exact(layer, True, dtype), tensors((3, WIDEST + 77), layer, True), dtype)
 
 
 @pytest.mark.parametrize("n", [500, WIDEST + 5])
@@ -67,7 +71,7 @@ def test_a_mean_far_from_nothing_costs_what_rounding_does(n):
     """A variance from the mean of squares would be a hundred times as far off."""
     x = tensors((4, n), True, False)
     x[0] += 300
-    assert_near(ours(True, False), exact(True, False), x, torch.float32, tolerance=1e-4)
+    assert_near(ours(True, False), exact(True, False, torch.float32), x, torch.float32, tolerance=1e-4)
 
 
 def test_the_same_input_gives_the_same_bits():
