@@ -18,6 +18,7 @@ from armillary.data_pipeline.mixture import BLOCK_ROWS
 from armillary.errors import JobError
 from armillary.table import Table
 from armillary.training.config import TrainJob
+from armillary.training.support import problems
 
 
 class ClusterConfig(Table):
@@ -157,9 +158,8 @@ def resolve(tables: dict, where: str) -> Job:
             f"data.seq_length: an image takes {job.image_shape.positions} positions, a row has {job.data.seq_length}",
             where, f"set it to at least {job.image_shape.positions}, or take larger patches (model.patch_size)",
         )  # fmt: skip
-    problems = job.parallel.problems(job.model, job.data.seq_length, job.training.global_batch)
-    if problems:
-        reasons = "; ".join(f"{key}: {reason}" for key, reason in problems)
+    if found := problems(job.setting):
+        reasons = "; ".join(f"{key}: {reason}" for key, reason in found)
         raise JobError(f"the layout cannot run this model: {reasons}", where, "change the layout or the dimension")
     return job
 

@@ -20,6 +20,14 @@ class ModelConfig(Table):
     )
     ffn_hidden_size: int = Field(0, ge=0, description="SwiGLU width; 0: 8/3 x hidden_size, rounded up to 32")
     vocab_size: int = Field(0, ge=0, description="rows of the embedding; 0: data.vocab_size rounded up to 64")
+    tied_embeddings: bool = Field(False, description="the output layer's matrix is the embedding's")
+    num_experts: int = Field(0, ge=0, description="experts of a decoder layer, each a SwiGLU; 0: one, without router")
+    experts_per_token: int = Field(2, ge=1, description="experts that a router sends each token to")
+    capacity_factor: float = Field(
+        0.0, ge=0, description="tokens that an expert takes at most / its even share of them; 0: all sent to it"
+    )
+    balance_loss: float = Field(0.01, ge=0, description="weight of the loss that makes experts' shares even")
+    router_z_loss: float = Field(0.001, ge=0, description="weight of the loss that keeps a router's logits small")
     rope_theta: float = Field(10000.0, gt=0, description="base of the rotary position embedding")
     norm_eps: float = Field(1e-5, gt=0, description="epsilon of every RMSNorm")
     image_size: int = Field(64, ge=1, description="images are resized to this many pixels a side")
@@ -71,6 +79,8 @@ class ModelConfig(Table):
             raise ValueError(f"the head dimension {self.head_dim} (hidden_size / num_heads) must be even for RoPE")
         if self.num_heads % self.num_query_groups:
             raise ValueError(f"num_heads={self.num_heads} is not divisible by num_query_groups={self.num_query_groups}")
+        if self.num_experts and self.experts_per_token > self.num_experts:
+            raise ValueError(f"experts_per_token={self.experts_per_token} is more than num_experts={self.num_experts}")
         if self.image_size % (self.patch_size * self.patch_merge):
             raise ValueError(
                 f"image_size={self.image_size} is not divisible by patch_size={self.patch_size} x "

@@ -10,6 +10,7 @@ from armillary.data_pipeline.images import ImageShape
 from armillary.model.config import ModelConfig
 from armillary.table import Table
 from armillary.training.layout import Layout
+from armillary.training.support import Setting
 
 
 class OptimizerConfig(Table):
@@ -44,6 +45,9 @@ class TrainingConfig(Table):
         "fp32", description="of weights and gradients in use; master weights are fp32"
     )
     seed: int = Field(0, ge=0, description="seed of the initial weights")
+    deterministic: bool = Field(
+        False, description="add gradients up in one order, so that data, pipeline and zero change no bit of the weights"
+    )
     evaluate: bool = Field(True, description="score held-out questions when the last step is done")
 
 
@@ -74,6 +78,13 @@ class TrainJob(Table):
     @property
     def image_shape(self) -> ImageShape:
         return ImageShape(self.model.image_size, self.model.patch_size, self.model.patch_merge)
+
+    @property
+    def setting(self) -> Setting:
+        """What the rules for layouts look at."""
+        return Setting(
+            self.parallel, self.model, self.data.seq_length, self.training.global_batch, self.training.deterministic
+        )
 
     @property
     def tokens_per_step(self) -> int:

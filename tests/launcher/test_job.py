@@ -65,7 +65,7 @@ def test_overrides_take_toml_values(job_file):
         ("parallel.pipeline=4", ["pipeline=4", "model.depth"]),
         ("parallel.data=3", ["global_batch"]),
         ("parallel.world_size=3", ["global_batch"]),
-        ("parallel.sequence_parallel=true", ["tensor > 1"]),
+        ("parallel.sequence_parallel=true", ["parallel.tensor above 1"]),
         ("training", ["table.key=value"]),
         ("=3", ["table.key=value"]),
         ("name.first=3", ["not a table"]),

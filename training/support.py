@@ -1,0 +1,173 @@
+"""What goes with what: the rules by which a layout is refused, and from which its documentation's table is made."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from armillary.model.config import ModelConfig
+from armillary.training.layout import Layout
+
+
+class Setting(NamedTuple):
+    """All that the rules look at."""
+
+    layout: Layout
+    model: ModelConfig
+    seq_length: int
+    global_batch: int
+    deterministic: bool = False
+
+
+class Feature(NamedTuple):
+    """Something that a job may ask for: its key, and whether it does."""
+
+    key: str
+    label: str
+    used: Callable[[Setting], bool]
+
+
+FEATURES = {
+    "tensor": Feature("parallel.tensor", "tensor", lambda s: s.layout.tensor > 1),
+    "sequence": Feature("parallel.sequence_parallel", "sequence", lambda s: s.layout.sequence_parallel),
+    "pipeline": Feature("parallel.pipeline", "pipeline", lambda s: s.layout.pipeline > 1),
+    "virtual": Feature("parallel.virtual", "virtual stages", lambda s: s.layout.virtual > 1),
+    "uneven": Feature(
+        "parallel.first_stage_layers", "uneven stages",
+        lambda s: bool(s.layout.first_stage_layers or s.layout.last_stage_layers),
+    ),
+    "context": Feature("parallel.context", "context", lambda s: s.layout.context > 1),
+    "expert": Feature("parallel.expert", "expert", lambda s: s.layout.expert > 1),
+    "deepspeed": Feature("parallel.engine", "DeepSpeed", lambda s: s.layout.engine == "deepspeed"),
+    "megatron": Feature("parallel.engine", "DistributedOptimizer", lambda s: s.layout.engine == "megatron"),
+    "zero2": Feature("parallel.zero", "ZeRO-2", lambda s: s.layout.zero == 2),
+    "zero3": Feature("parallel.zero", "ZeRO-3", lambda s: s.layout.zero == 3),
+    "offload": Feature("parallel.offload", "offload", lambda s: s.layout.offload),
+    "recompute": Feature("parallel.recompute", "recompute", lambda s: s.layout.recompute != "none"),
+    "experts": Feature("model.num_experts", "experts", lambda s: s.model.num_experts > 0),
+    "tied": Feature("model.tied_embeddings", "tied", lambda s: s.model.tied_embeddings),
+    "deterministic": Feature("training.deterministic", "deterministic", lambda s: s.deterministic),
+}  # fmt: skip
+
+
+class Rule(NamedTuple):
+    """Why two features do not go together, or why the first needs the second, and what to do instead."""
+
+    first: str
+    second: str
+    why: str
+    instead: str
+
+
+ZERO1 = "parallel.zero=1, which shares the optimizer's state, the largest part"
+DEEPSPEED = 'parallel.engine="deepspeed"'
+MEGATRON = 'parallel.engine="megatron"'
+
+NEEDS = (
+    Rule("sequence", "tensor", "it splits positions over tensor-parallel ranks", "set parallel.tensor above 1"),
+    Rule("virtual", "pipeline", "it divides the stages of a pipeline", "set parallel.pipeline above 1"),
+    Rule("uneven", "pipeline", "it divides layers among the stages of a pipeline", "set parallel.pipeline above 1"),
+    Rule("expert", "experts", "the model has no experts to share", "set model.num_experts"),
+)
+
+REFUSED = (
+    Rule("zero2", "pipeline", "ZeRO-2 reduces gradients as each backward pass ends, and a pipeline has many", ZERO1),
+    Rule("zero3", "pipeline", "ZeRO-3 gathers weights for one pass at a time, and a pipeline has many", ZERO1),
+    Rule("zero2", "megatron", "Megatron-core's DistributedOptimizer is of ZeRO-1", DEEPSPEED),
+    Rule("zero3", "megatron", "Megatron-core's DistributedOptimizer is of ZeRO-1", DEEPSPEED),
+    Rule("offload", "megatron", "it is DeepSpeed that keeps optimizer state on the host", DEEPSPEED),
+    Rule("expert", "deepspeed", "experts' gradients are reduced over fewer ranks than DeepSpeed's are", MEGATRON),
+    Rule(
+        "deterministic", "expert", "what an expert is sent in one go changes with the ranks that share it",
+        "parallel.expert=1, or training.deterministic=false",
+    ),
+    Rule(
+        "deterministic", "offload", "gradients go to the host in the order in which they come",
+        "parallel.offload=false, or training.deterministic=false",
+    ),
+)  # fmt: skip
+
+
+def problems(setting: Setting) -> list[tuple[str, str]]:
+    """Why this layout cannot run this model and batch: (key, reason with what to do instead) pairs, or none."""
+    used = {name for name, feature in FEATURES.items() if feature.used(setting)}
+    found = [
+        (FEATURES[rule.first].key, f"{FEATURES[rule.first].label} needs {FEATURES[rule.second].label}: {rule.why}; "
+         f"{rule.instead}")
+        for rule in NEEDS if rule.first in used and rule.second not in used
+    ]  # fmt: skip
+    found += [
+        (FEATURES[rule.first].key, f"{FEATURES[rule.first].label} does not go with {FEATURES[rule.second].label}: "
+         f"{rule.why}; instead: {rule.instead}")
+        for rule in REFUSED if {rule.first, rule.second} <= used
+    ]  # fmt: skip
+    return found + list(_sizes(setting))
+
+
+def _sizes(setting: Setting):
+    """What does not divide what."""
+    layout, model = setting.layout, setting.model
+    shared = {
+        "model.num_heads": model.num_heads,
+        "model.num_query_groups": model.num_query_groups,
+        "model.ffn_hidden_size": model.ffn_hidden_size,
+        "model.hidden_size": model.hidden_size,
+        "model.vocab_size": model.vocab_size,
+        "model.vision_num_heads": model.vision_num_heads,
+        "model.vision_ffn_hidden_size": model.vision_ffn_hidden_size,
+    }
+    if undivided := [f"{key}={size}" for key, size in shared.items() if size % layout.tensor]:
+        fitting = _divisors(math.gcd(*shared.values()))
+        yield "parallel.tensor", f"tensor={layout.tensor} does not divide {', '.join(undivided)}; {fitting} would"
+    try:
+        layout.stage_layers(model.depth)
+    except ValueError as error:
+        fitting = _divisors(model.depth)
+        yield (
+            "parallel.pipeline",
+            f"pipeline={layout.pipeline} does not divide model.depth={model.depth}: {error}; without uneven or "
+            f"virtual stages {fitting} would",
+        )
+    ranks = layout.data * layout.context * layout.tensor
+    if layout.expert > 1 and model.num_experts % layout.expert:
+        fitting = _divisors(model.num_experts)
+        yield (
+            "parallel.expert",
+            f"expert={layout.expert} does not divide num_experts={model.num_experts}; {fitting} would",
+        )
+    if ranks % layout.expert:
+        yield "parallel.expert", f"expert={layout.expert} does not divide data x context x tensor = {ranks}"
+    rows = layout.data * layout.micro_batch
+    if setting.global_batch % rows:
+        yield (
+            "training.global_batch",
+            f"data x micro_batch = {layout.data} x {layout.micro_batch} = {rows} does not divide "
+            f"training.global_batch={setting.global_batch}",
+        )
+        return
+    micro_batches = setting.global_batch // rows
+    if layout.virtual > 1 and micro_batches % layout.pipeline:
+        yield (
+            "parallel.virtual",
+            f"virtual stages take micro-batches in groups of pipeline={layout.pipeline}, which does not divide the "
+            f"{micro_batches} of a step; change training.global_batch or micro_batch",
+        )
+    positions = layout.micro_batch * setting.seq_length
+    parts = (2 * layout.context if layout.context > 1 else 1) * (layout.tensor if layout.sequence_parallel else 1)
+    if positions % parts:
+        key = "parallel.context" if layout.context > 1 else "parallel.sequence_parallel"
+        yield (
+            key,
+            f"micro_batch x seq_length = {positions} positions do not divide into {parts} parts; set data.seq_length",
+        )
+    total = micro_batches * layout.data
+    parts = total & -total
+    if setting.deterministic and parts % layout.data:
+        yield (
+            "parallel.data",
+            f"a step's {total} micro-batches are added up in {parts} parts, of which data={layout.data} ranks cannot "
+            f"have as many each; {_divisors(parts)} could",
+        )
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
