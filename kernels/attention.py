@@ -20,11 +20,12 @@ DELTA = 2048  # numbers that a program multiplies with their gradients
 class Packing:
     """Documents that lie one behind another on T positions. Computed once a batch, used by every layer.
 
-    ValueError unless cu_seqlens (whole numbers [documents + 1]) rise from 0 to `positions`; where they are on a GPU,
-    which is not waited for, that stops with an assertion.
+    `queries`: how many of the positions, the last ones, have a query, if not all. ValueError unless cu_seqlens (whole
+    numbers [documents + 1]) rise from 0 to `positions`; where they are on a GPU, which is not waited for, that stops
+    with an assertion.
     """
 
-    def __init__(self, cu_seqlens: torch.Tensor, positions: int):
+    def __init__(self, cu_seqlens: torch.Tensor, positions: int, queries: int | None = None):
         name = ("attention", "cu_seqlens")
         require(cu_seqlens.dtype in (torch.int32, torch.int64) and cu_seqlens.dim() == 1, *name, "of whole numbers [n]")
         if cu_seqlens.device.type == "cpu":
@@ -38,20 +39,24 @@ class Packing:
             )
         self.cu_seqlens = cu_seqlens
         self.positions = positions
+        self.queries = positions if queries is None else queries
         self.blocks, self.groups = functools.cache(self._blocks), functools.cache(self._groups)
 
-    def _blocks(self, size: int) -> torch.Tensor:
-        """Blocks of `size` positions, those that begin latest first, since causal ones have the most to do: int32
-        [blocks, 3], document's start, its length, block's first position in it. Unused ones have a length of 0."""
+    def _blocks(self, size: int, queries: bool) -> torch.Tensor:
+        """Blocks of `size` positions (of those with `queries`), those that begin latest first, since causal ones have
+        the most to do: int32 [blocks, 3], document's start, its length, block's first position in it. Unused ones have
+        a length of 0."""
         bounds = self.cu_seqlens.long()
         starts, lengths = bounds[:-1], bounds.diff()
-        counts = (lengths + size - 1) // size
+        shift = self.positions - self.queries if queries else 0
+        skipped = torch.minimum((shift - starts).clamp(min=0), lengths)
+        counts = (lengths - skipped + size - 1) // size
         ends = counts.cumsum(0)
-        number = torch.arange(self.positions // size + len(lengths), device=bounds.device)
+        number = torch.arange((self.positions - shift) // size + len(lengths), device=bounds.device)
         document = torch.searchsorted(ends, number, right=True)
         used = document < len(lengths)
         document = document.clamp(max=len(lengths) - 1)
-        first = (number - (ends - counts)[document]) * size
+        first = skipped[document] + (number - (ends - counts)[document]) * size
         table = torch.stack([starts[document] * used, lengths[document] * used, first * used], 1)
         return table[torch.argsort(table[:, 2], descending=True, stable=True)].int()
 
@@ -88,14 +93,17 @@ def attention(
 ) -> torch.Tensor:
     """softmax(q k' / sqrt(d)) v within each packed document.
 
-    q [T, heads, d]; k, v [T, groups, d] with groups dividing heads (grouped-query); result [T, heads, d]. Float64 (the
-    reference), float32, bfloat16 or float16. `causal`: a position sees itself and those before it, of these the
-    `window` nearest if that is above 0.
+    q [Q, heads, d], of the last Q of T positions (see Packing); k, v [T, groups, d] with groups dividing heads
+    (grouped-query); result [Q, heads, d]. Float64 (the reference), float32, bfloat16 or float16. `causal`: a position
+    sees itself and those before it, of these the `window` nearest if that is above 0.
     """
     if runs_triton("attention", q):
         return attention_and_lse(q, k, v, packing, causal, window)[0]
     _check(q, k, v, packing, causal, window)
     outputs, (groups, slots) = [], packing.groups(causal)
+    before = packing.positions - packing.queries
+    if before:
+        q = torch.cat([q.new_zeros(before, *q.shape[1:]), q])
     for positions, n, longest in groups:
         # Padding repeats a document's last position behind it, where no causal query of the document looks.
         qg, kg, vg = (x.index_select(0, positions).view(n, longest, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
@@ -103,32 +111,34 @@ def attention(
         grouped = qg.shape[1] != kg.shape[1]
         out = F.scaled_dot_product_attention(qg, kg, vg, mask, is_causal=causal and mask is None, enable_gqa=grouped)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs).index_select(0, slots)
+    return torch.cat(outputs).index_select(0, slots[before:])
 
 
 def attention_and_lse(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing, causal: bool = True, window: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `attention`; and the logarithm of each softmax's denominator, [heads, T], float32 (float64 of float64),
+    """See `attention`; and the logarithm of each softmax's denominator, [heads, Q], float32 (float64 of float64),
     through which no gradient goes: what two parts of the keys need to be put together."""
     _check(q, k, v, packing, causal, window)
     window = window if window < packing.positions else 0  # nothing is further away
     chosen = _plan(q, window)
-    blocks = (packing.blocks(size) for size in (chosen.forward.queries, chosen.queries.queries, chosen.keys.keys))
-    return attention_forward(q, k, v, *blocks, packing.cu_seqlens, causal, window)
+    forward, of_queries = (packing.blocks(size, True) for size in (chosen.forward.queries, chosen.queries.queries))
+    of_keys = packing.blocks(chosen.keys.keys, False)
+    return attention_forward(q, k, v, forward, of_queries, of_keys, packing.cu_seqlens, causal, window)
 
 
 def _check(q, k, v, packing, causal, window):
     name = "attention"
-    require(q.dim() == 3 and q.numel() > 0, name, "q", f"[T, heads, d] with T above 0, not {list(q.shape)}")
+    require(q.dim() == 3 and q.numel() > 0, name, "q", f"[Q, heads, d] with Q above 0, not {list(q.shape)}")
     require(q.is_floating_point(), name, "q", f"of floating-point numbers, not of {q.dtype}")
     require(q.shape[2] <= WIDEST, name, "q", f"of heads of {WIDEST} dimensions or fewer, not {q.shape[2]}")
     require(k.dim() == 3 and k.shape[1] > 0, name, "k", f"[T, groups, d], not {list(k.shape)}")
     require(q.shape[1] % k.shape[1] == 0, name, "k", f"of groups that divide the {q.shape[1]} heads, not {k.shape[1]}")
-    require_like(name, "k", k, (q.shape[0], k.shape[1], q.shape[2]), q)
+    require_like(name, "k", k, (packing.positions, k.shape[1], q.shape[2]), q)
     require_like(name, "v", v, tuple(k.shape), q)
     require(k.dtype == v.dtype == q.dtype, name, "k and v", f"of {q.dtype}, as q")
-    require(packing.positions == q.shape[0], name, "cu_seqlens", f"up to {q.shape[0]}, not {packing.positions}")
+    require(packing.queries == q.shape[0], name, "q", f"of {packing.queries} positions, not {q.shape[0]}")
+    require(packing.queries <= packing.positions, name, "q", f"of {packing.positions} positions at most")
     require(packing.cu_seqlens.device == q.device, name, "cu_seqlens", f"on {q.device}")
     require(window >= 0 and (causal or not window), name, "window", "0, or above 0 and causal")
 
@@ -156,12 +166,12 @@ def switches(q: torch.Tensor, k: torch.Tensor, causal: bool, window: int) -> dic
 
 
 def _scores(q, k, cu_seqlens, causal, window):
-    """In float64 if q is, else float32: scaled scores [heads, T, T], -inf where nothing is seen."""
+    """In float64 if q is, else float32: scaled scores [heads, Q, T], -inf where nothing is seen."""
     wide = torch.promote_types(q.dtype, torch.float32)
     k = k.to(wide).repeat_interleave(q.shape[1] // k.shape[1], 1)
     scores = torch.einsum("qhd,khd->hqk", q.to(wide), k) / math.sqrt(q.shape[2])
-    document = torch.searchsorted(cu_seqlens.long(), torch.arange(len(q), device=q.device), right=True)
-    return scores.masked_fill(~_seen(document, causal, window), -math.inf)
+    document = torch.searchsorted(cu_seqlens.long(), torch.arange(len(k), device=q.device), right=True)
+    return scores.masked_fill(~_seen(document, causal, window)[len(k) - len(q) :], -math.inf)
 
 
 @torch.library.custom_op("armillary::attention_forward", mutates_args=())
@@ -189,7 +199,7 @@ def attention_forward(
     if chosen.tma:
         triton.set_allocator(_scratch)  # of this thread: the backward's is one of autograd's
     kernels.forward[len(blocks), q.shape[1]](
-        q, k, v, o, lse, blocks, _scale(q), q.shape[0], *_strides(q, k, v),
+        q, k, v, o, lse, blocks, *_sizes(q, k), *_strides(q, k, v),
         **switches(q, k, causal, window), **chosen.of_forward,
     )  # fmt: skip
     return o, lse
@@ -225,7 +235,7 @@ def attention_backward(
     kernels.delta[triton.cdiv(q.shape[0], rows), q.shape[1]](
         o, do, delta, q.shape[0], D=same["D"], DP=same["DP"], BM=rows
     )
-    shared = (_scale(q), q.shape[0], *_strides(q, k, v))
+    shared = (*_sizes(q, k), *_strides(q, k, v))
     if chosen.tma:
         triton.set_allocator(_scratch)
     kernels.backward_keys[len(key_blocks), k.shape[1]](
@@ -286,8 +296,9 @@ def head_block(d: int) -> int:
     return max(triton.next_power_of_2(d), 16)
 
 
-def _scale(q: torch.Tensor) -> float:
-    return 1 / math.sqrt(q.shape[2]) / math.log(2)
+def _sizes(q: torch.Tensor, k: torch.Tensor) -> tuple[float, int, int | None]:
+    """Kernels' scale, queries' number, and the first one's position if that is not 0."""
+    return 1 / math.sqrt(q.shape[2]) / math.log(2), len(q), len(k) - len(q) or None
 
 
 def _strides(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[int, ...]:

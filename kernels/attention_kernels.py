@@ -4,6 +4,9 @@ A row of `blocks` (int32 [3]) is a block of one document: where the document sta
 position in it. Exponents are of 2, so `scale` has log2(e) in it. Offsets along positions are of 64 bits.
 
 With TMA, a program describes its document's rows of a head to the hardware, which gives zeros behind the last of them.
+
+Given a `shift`, queries (and o, do, lse, delta, dq) are there from this position on only, keys and values from the
+first: their pointers are moved to where position 0 would be, and nothing is loaded or stored in front of `shift`.
 """
 
 import triton
@@ -95,7 +98,7 @@ def _attend(
 
 @triton.jit
 def forward(
-    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, blocks_ptr, scale, positions,
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, blocks_ptr, scale, positions, shift,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -107,6 +110,11 @@ def forward(
         if first >= length:
             return
     head = tl.program_id(1)
+    if shift is not None:
+        ahead = tl.cast(shift, tl.int64)
+        q_ptr -= ahead * stride_qt
+        o_ptr -= ahead * tl.num_programs(1) * D
+        lse_ptr -= ahead
     row = first + tl.arange(0, BM)
     q_head = _head(q_ptr, start, head, stride_qt, stride_qh, length, TMA, D, DP, BM)
     q = _rows(q_head, first, stride_qt, length, True, TMA, D, DP, BM)
@@ -170,7 +178,7 @@ def delta(o_ptr, do_ptr, delta_ptr, positions, D: tl.constexpr, DP: tl.constexpr
 
 @triton.jit
 def backward_keys(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, blocks_ptr, scale, positions,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, blocks_ptr, scale, positions, shift,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
@@ -182,6 +190,12 @@ def backward_keys(
         return
     group = tl.program_id(1)
     groups = tl.num_programs(1)
+    if shift is not None:
+        ahead = tl.cast(shift, tl.int64)
+        q_ptr -= ahead * stride_qt
+        do_ptr -= ahead * groups * GROUP * D
+        lse_ptr -= ahead
+        delta_ptr -= ahead
     column = first + tl.arange(0, BN)
     k_head = _head(k_ptr, start, group, stride_kt, stride_kh, length, TMA, D, DP, BN)
     k = _rows(k_head, first, stride_kt, length, True, TMA, D, DP, BN)
@@ -196,6 +210,8 @@ def backward_keys(
     high = length
     if CAUSAL:
         low = first // BM * BM
+    if shift is not None:
+        low = tl.maximum(low, (shift - start).to(tl.int32))
     if WINDOW > 0:
         high = tl.minimum(length, first + BN + WINDOW - 1)
     for i in tl.range(0, GROUP):
@@ -225,7 +241,7 @@ def backward_keys(
 
 @triton.jit
 def backward_queries(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, blocks_ptr, scale, positions,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, blocks_ptr, scale, positions, shift,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
@@ -236,6 +252,13 @@ def backward_queries(
         return
     head = tl.program_id(1).to(tl.int64)
     heads = tl.num_programs(1)
+    if shift is not None:
+        ahead = tl.cast(shift, tl.int64)
+        q_ptr -= ahead * stride_qt
+        do_ptr -= ahead * heads * D
+        dq_ptr -= ahead * heads * D
+        lse_ptr -= ahead
+        delta_ptr -= ahead
     row = first + tl.arange(0, BM)
     inside = row < length
     q_head = _head(q_ptr, start, head, stride_qt, stride_qh, length, TMA, D, DP, BM)

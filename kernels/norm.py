@@ -59,7 +59,8 @@ def _norm(x, weight, bias, eps, residual, zero_centred, layer):
         return y if residual is None else (y, s)
     s = x if residual is None else x + residual
     scale = weight + 1 if zero_centred else weight
-    y = F.layer_norm(s, scale.shape, scale, bias, eps) if layer else F.rms_norm(s, scale.shape, scale, eps)
+    once = s.view_as(s)  # one gradient comes from here, so that what else s is used for changes no bit of their sum
+    y = F.layer_norm(once, scale.shape, scale, bias, eps) if layer else F.rms_norm(once, scale.shape, scale, eps)
     return y if residual is None else (y, s)
 
 

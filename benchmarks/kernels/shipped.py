@@ -123,34 +123,37 @@ def decoders() -> Iterator[Shipped]:
 
 
 def attentions(target: str) -> Iterator[Shipped]:
-    for d, (causal, window), dtype in itertools.chain(
+    for d, (causal, window), dtype, *tail in itertools.chain(
         itertools.product((64, 80, 96, 128, 256), MASKS, (torch.bfloat16, torch.float16)),
         itertools.product((64, 80, 128, 256), MASKS, (torch.float32,)),
+        itertools.product((64, 128), [(True, 0)], (torch.bfloat16,), [ROWS]),
     ):
-        q, k = tensor(ROWS, HEADS, d, dtype=dtype), tensor(ROWS, GROUPS, d, dtype=dtype)
+        before = sum(tail)  # positions without a query
+        q, k = tensor(ROWS, HEADS, d, dtype=dtype), tensor(ROWS + before, GROUPS, d, dtype=dtype)
         lse, blocks = wide(HEADS, ROWS), tensor(ROWS // 64, 3, dtype=torch.int32)
         switches, plan = attention.switches(q, k, causal, window), attention_tiles.plan(d, dtype, window, target)
         name = f"attention {d} {'causal' if causal else 'full'}{f' window {window}' if window else ''}"
         name += "" if dtype == torch.bfloat16 else f" of {str(dtype).removeprefix('torch.')}"
-        tail = (0.1275, ROWS, HEADS * d, d, GROUPS * d, d, GROUPS * d, d)
+        name += " of a tail" if before else ""
+        sizes = (0.1275, ROWS, before or None, HEADS * d, d, GROUPS * d, d, GROUPS * d, d)
         asks = {"dot": dtype != torch.float32, "tma": plan.tma}
         yield Shipped(
-            f"{name} forward", attention_kernels.forward, (q, k, k, q, lse, blocks, *tail),
+            f"{name} forward", attention_kernels.forward, (q, k, k, q, lse, blocks, *sizes),
             switches | plan.of_forward, asks,
         )  # fmt: skip
-        if target == "sm_90" and causal and d in (64, 128) and dtype == torch.bfloat16:
+        if target == "sm_90" and causal and d in (64, 128) and dtype == torch.bfloat16 and not before:
             yield Shipped(
-                f"{name} forward, specialised", attention_kernels.forward, (q, k, k, q, lse, blocks, *tail),
+                f"{name} forward, specialised", attention_kernels.forward, (q, k, k, q, lse, blocks, *sizes),
                 switches | attention_tiles.SPECIALISED[d].of_forward, asks | {"specialised": True},
             )  # fmt: skip
         yield Shipped(
             f"{name} backward, keys", attention_kernels.backward_keys,
-            (q, k, k, q, lse, lse, k, k, blocks, *tail), switches | plan.of_keys, asks,
+            (q, k, k, q, lse, lse, k, k, blocks, *sizes), switches | plan.of_keys, asks,
         )  # fmt: skip
-        if (causal, window) == (True, 0):
+        if (causal, window, before) == (True, 0, 0):
             same = {name: switches[name] for name in ("D", "DP")} | {"BM": attention.DELTA // switches["DP"]}
             yield Shipped(f"{name} backward, delta", attention_kernels.delta, (q, q, lse, ROWS), same)
         yield Shipped(
             f"{name} backward, queries", attention_kernels.backward_queries,
-            (q, k, k, q, lse, lse, q, blocks, *tail), switches | plan.of_queries, asks,
+            (q, k, k, q, lse, lse, q, blocks, *sizes), switches | plan.of_queries, asks,
         )  # fmt: skip

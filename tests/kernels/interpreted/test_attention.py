@@ -60,6 +60,30 @@ def test_packed_documents_are_near_float64(lengths, heads, d, causal, window, dt
     assert_near(ours(lengths, causal, window), exact(lengths, causal, window), made, dtype, scale=1.0)
 
 
+@given(
+    lengths=st.lists(st.integers(0, 90), min_size=1, max_size=3).filter(any),
+    part=st.floats(0, 1),
+    causal=st.booleans(),
+    window=st.sampled_from([0, 33]),
+    target=st.sampled_from(["sm_80", "sm_90"]),
+)
+@settings(deadline=None, max_examples=15)
+def test_queries_of_the_last_positions_alone(lengths, part, causal, window, target):
+    """As under context parallelism: they see keys of all positions before them, and every key gets its gradient."""
+    total, window = sum(lengths), window if causal else 0
+    queries = max(1, round(total * part))
+    q, k, v = qkv(total, 4, 2, 64)
+    before = torch.zeros_like(q[: total - queries])
+    packing = Packing(torch.tensor([0, *lengths]).cumsum(0).int(), total, queries)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_module, "target", lambda device: target)
+        assert_near(
+            lambda q, k, v: attention(q, k, v, packing, causal, window),
+            lambda q, k, v: exact(lengths, causal, window)(torch.cat([before, q]), k, v)[-queries:],
+            [q[-queries:], k, v], torch.bfloat16, scale=1.0,
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("d", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_head_dims(d, dtype):
@@ -151,7 +175,7 @@ def test_positions_further_apart_than_32_bits_count():
     delta = torch.zeros(1, total)
     delta[:, -length:] = (near[3] * want.float()).sum(-1).T
     dq, dk, dv = (torch.zeros(total, 1, d) for _ in range(3))
-    shared = (1 / math.sqrt(d) / math.log(2), total, *[x for one in (q, k, v) for x in one.stride()[:2]])
+    shared = (1 / math.sqrt(d) / math.log(2), total, None, *[x for one in (q, k, v) for x in one.stride()[:2]])
     options = switches(q, k, True, 0) | {"BM": 32, "BN": 32, "TMA": False}
     kernels.backward_keys[1, 1](q, k, v, do, lse, delta, dk, dv, blocks, *shared, **options)
     kernels.backward_queries[1, 1](q, k, v, do, lse, delta, dq, blocks, *shared, **options)
