@@ -98,11 +98,14 @@ class Run:
         write_whole(self.path / "job.hash", job.hash() + "\n")
 
     def job(self, overrides: list[str] = ()) -> Job:
-        """The run's job, with overrides. A new layout's world size follows from its sizes unless it is given."""
+        """The run's job, with overrides. A new layout's world size and engine follow from it unless
+        they are given."""
         tables = read_toml(self.path / "job.toml")
         keys = {override.partition("=")[0].strip() for override in overrides}
         if any(key.startswith("parallel.") for key in keys):
             tables["parallel"].pop("world_size", None)
+        if keys & {"parallel.zero", "parallel.offload"}:
+            tables["parallel"].pop("engine", None)
         if "parallel.world_size" in keys:
             tables["parallel"].pop("data", None)
         return resolve(apply_overrides(tables, overrides), str(self.path / "job.toml"))

@@ -2,10 +2,11 @@
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 
 from armillary.model.config import ModelConfig
@@ -25,14 +26,16 @@ class Piece:
 class Placement:
     """A local tensor's place in the global tensor `name` of `shape`: the whole of every axis but `axis`.
 
-    `replicated`: every tensor-parallel rank holds the same values.
+    `turns` ranks hold the same values, of which this one is number `turn`; -1: a copy that a pipeline's last stage has
+    of the first one's embedding.
     """
 
     name: str
     shape: tuple[int, ...]
     axis: int
     pieces: tuple[Piece, ...]
-    replicated: bool
+    turn: int
+    turns: int
 
 
 def split_axis(size: int, parts: int, rank: int, stride: int) -> tuple[Piece, ...]:
@@ -44,43 +47,57 @@ def split_axis(size: int, parts: int, rank: int, stride: int) -> tuple[Piece, ..
     return tuple(Piece((j * parts + rank) * step, j * step, step) for j in range(stride))
 
 
-def placements(model: MultimodalModel) -> Iterator[tuple[torch.nn.Parameter, Placement]]:
-    """Every parameter of this rank with its place, in a fixed order."""
-    tensor = parallel_state.get_tensor_model_parallel_world_size()
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    numbers = {f"decoder.layers.{i}.": layer.layer_number - 1 for i, layer in enumerate(model.decoder.layers)}
-    for name, parameter in model.named_parameters():
-        for local, number in numbers.items():
-            if name.startswith(local):
-                name = f"decoder.layers.{number}." + name.removeprefix(local)
-                break
-        shape, axis = list(parameter.shape), 0
-        if getattr(parameter, "tensor_model_parallel", False):
-            axis = parameter.partition_dim
-            shape[axis] *= tensor
-            pieces = split_axis(shape[axis], tensor, rank, parameter.partition_stride)
-        else:
-            pieces = (Piece(0, 0, shape[0]),)
-        replicated = not getattr(parameter, "tensor_model_parallel", False)
-        yield parameter, Placement(name, tuple(shape), axis, pieces, replicated)
+def placements(stages: Sequence[MultimodalModel]) -> Iterator[tuple[torch.nn.Parameter, Placement]]:
+    """Every parameter of this rank's part, or virtual stages, of the model with its place, in a fixed order."""
+    for stage in stages:
+        numbers = {f"decoder.layers.{i}.": layer.layer_number - 1 for i, layer in enumerate(stage.decoder.layers)}
+        for name, parameter in stage.named_parameters():
+            local = next((local for local in numbers if name.startswith(local)), None)
+            if local is not None:
+                name = f"decoder.layers.{numbers[local]}." + name.removeprefix(local)
+            yield parameter, _placement(name, parameter, stage)
+
+
+def local_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
+    """Of a rank's part of a weight, which ZeRO-3 holds in flat parts of its own most of the time."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _placement(name: str, parameter: torch.nn.Parameter, stage: MultimodalModel) -> Placement:
+    shape, axis, ranks, rank, stride = list(local_shape(parameter)), 0, 1, 0, 1
+    if getattr(parameter, "of_experts", False):
+        ranks = parallel_state.get_expert_model_parallel_world_size()
+        rank, group = parallel_state.get_expert_model_parallel_rank(), parallel_state.get_expert_data_parallel_group()
+    elif getattr(parameter, "tensor_model_parallel", False):
+        axis, stride = parameter.partition_dim, parameter.partition_stride
+        ranks = parallel_state.get_tensor_model_parallel_world_size()
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    else:
+        group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    shape[axis] *= ranks
+    turn, turns = dist.get_rank(group), dist.get_world_size(group)
+    if stage.model.tied_embeddings and name == "output.weight":
+        name, turn = "embedding.weight", -1
+    return Placement(name, tuple(shape), axis, split_axis(shape[axis], ranks, rank, stride), turn, turns)
 
 
 @torch.no_grad()
-def initialize(model: MultimodalModel, seed: int) -> None:
+def initialize(stages: Sequence[MultimodalModel], seed: int) -> None:
     """Initial weights from (seed, global name) alone: the same model under every layout.
 
     Norms are one; matrices normal with `init_std`, those that write into the residual stream with
     init_std / sqrt(2 layers) (Radford et al. 2019, section 2.3).
     """
-    for parameter, place in placements(model):
-        parameter.copy_(_local(_initial(place, model.model, seed), place))
+    for parameter, place in placements(stages):
+        parameter.copy_(_local(_initial(place, stages[0].model, seed), place))
 
 
 def _initial(place: Placement, config: ModelConfig, seed: int) -> torch.Tensor:
     if place.name.endswith("layernorm.weight"):
         return torch.ones(place.shape)
     std = config.init_std
-    if place.name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+    if place.name.endswith(("linear_proj.weight", "linear_fc2.weight", "mlp.linear_fc2")):
         layers = config.vision_layers if place.name.startswith("vision.") else config.depth
         std /= math.sqrt(2 * layers)
     digest = hashlib.sha256(f"{seed}/{place.name}".encode()).digest()

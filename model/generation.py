@@ -26,7 +26,7 @@ def generate(
     device, length = prompt.tokens_T.device, len(prompt.tokens_T)
     cache = KVCache(length + max_new_tokens, torch.zeros(1, dtype=torch.long, device=device))
     rows = torch.zeros(length, dtype=torch.long, device=device)
-    logits = model(prompt, cache, rows)[-1, 0]
+    logits = model(prompt, cache=cache, cache_rows=rows)[-1, 0]
     cache.lengths += length
     no_images = replace(prompt, patches_IND=prompt.patches_IND[:0], image_starts_I=prompt.image_starts_I[:0])
     for _ in range(max_new_tokens):
@@ -40,7 +40,7 @@ def generate(
             positions_T=cache.lengths.clone(),
             cu_seqlens=torch.tensor([0, 1], dtype=torch.int32, device=device),
         )
-        logits = model(new, cache, rows[:1], decode=True)[-1, 0]
+        logits = model(new, cache=cache, cache_rows=rows[:1], decode=True)[-1, 0]
         cache.lengths += 1
 
 

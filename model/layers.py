@@ -1,24 +1,33 @@
 """What Megatron-core's TransformerBlock is built from: its sharded linears, our norm, attention and SwiGLU."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from armillary.kernels.attention import Packing, attention, even
 from armillary.kernels.decode import decode_attention
 from armillary.kernels.norm import rms_norm
 from armillary.kernels.rope import rope, rope_table
 from armillary.kernels.swiglu import swiglu
+from armillary.model.config import ModelConfig
+from armillary.model.context import SharedAttention
+from armillary.model.experts import Experts
+
+Recompute = Literal["none", "selective", "full"]
 
 
 class RMSNorm(torch.nn.Module):
@@ -36,14 +45,33 @@ class RMSNorm(torch.nn.Module):
         return rms_norm(x, self.weight, self.eps, residual)
 
 
-class SwiGLU(torch.nn.Module):
-    """kernels.swiglu as Megatron-core builds activations."""
+class FeedForward(torch.nn.Module):
+    """SwiGLU between two sharded linear layers: [s, b, hidden] -> the same."""
 
-    def __init__(self, config: TransformerConfig):
+    def __init__(self, config: TransformerConfig, recompute: bool):
         super().__init__()
+        self.recompute = recompute
+        shared = dict(config=config, init_method=no_init, bias=False, skip_bias_add=False)
+        self.linear_fc1 = ColumnParallelLinear(
+            config.hidden_size, 2 * config.ffn_hidden_size, gather_output=False, stride=2, **shared
+        )
+        self.linear_fc2 = RowParallelLinear(
+            config.ffn_hidden_size, config.hidden_size, input_is_parallel=True, **shared
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return swiglu(x)
+        gate_up = self.linear_fc1(x)[0]
+        return forgotten(swiglu, lambda y: self.linear_fc2(y)[0], self.recompute and self.training, gate_up)
+
+
+def forgotten(cheap: Callable, linear: Callable, recompute: bool, *inputs: torch.Tensor) -> torch.Tensor:
+    """linear(cheap(*inputs)); if `recompute`, what is cheap is not kept for the backward pass, but computed again."""
+    if not recompute:
+        return linear(cheap(*inputs))
+    checkpoint = CheckpointWithoutOutput(fp8=None)
+    result = linear(checkpoint.checkpoint(cheap, *inputs))
+    checkpoint.discard_output_and_register_recompute(result)
+    return result
 
 
 @dataclass
@@ -67,8 +95,9 @@ class KVCache:
 class PackedContext:
     """What attention must know of a packed batch, computed once and shared by all decoder layers.
 
-    positions int64 [T]; cu_seqlens int [documents + 1]. With a cache, keys and values of position t also go to
-    sequence rows[t] of it. `decode`: every position is the one new token of its sequence.
+    positions int64 [T], of this rank's positions under context parallelism; cu_seqlens int [documents + 1], of all.
+    With a cache, keys and values of position t also go to sequence rows[t] of it. `decode`: every position is the one
+    new token of its sequence.
     """
 
     qkv_format = "thd"  # Megatron-core then drops and restores the batch axis of 1 around attention
@@ -84,7 +113,9 @@ class PackedContext:
         decode: bool = False,
     ):
         self.cos, self.sin = rope_table(positions, head_dim, theta)
-        self.packing = None if decode else Packing(cu_seqlens, len(positions))
+        ranks, group = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_group()
+        self.shared = SharedAttention(cu_seqlens, ranks * len(positions), group) if ranks > 1 else None
+        self.packing = None if decode or self.shared else Packing(cu_seqlens, len(positions))
         self.positions, self.cache, self.rows, self.decode = positions, cache, rows, decode
 
 
@@ -107,24 +138,54 @@ class CoreAttention(torch.nn.Module):
             keys, values = context.cache.append(self.layer_number, k, v, context.rows, context.positions)
             if context.decode:
                 return decode_attention(q, keys, values, context.cache.lengths + 1)
+        if context.shared is not None:
+            return context.shared(q, k, v)
         return attention(q, k, v, context.packing)
 
 
 class Layer(TransformerLayer):
-    """Megatron-core's modules, of which the second norm takes the sum before it along in one kernel. No dropout."""
+    """Megatron-core's attention and our feed-forward; the second norm takes the sum before it along in one kernel.
+
+    `recompute`: what the backward pass computes again: nothing, norms and SwiGLU (after Korthikanti et al. 2022,
+    section 5), or all of it. There is no dropout, and so no random state to go back to.
+    """
+
+    def __init__(self, config: TransformerConfig, *args, recompute: Recompute, experts: ModelConfig | None, **options):
+        super().__init__(config, *args, **options)
+        self.recompute = recompute
+        self.mlp = Experts(config, experts) if experts else FeedForward(config, recompute == "selective")
 
     def forward(self, hidden_states, attention_mask=None, *, packed_seq_params: PackedContext | None = None, **_):
-        attended, _ = self.self_attention(
-            self.input_layernorm(hidden_states), attention_mask=attention_mask, packed_seq_params=packed_seq_params
-        )
-        normed, hidden_states = self.pre_mlp_layernorm(attended, hidden_states)
-        return hidden_states + self.mlp(normed)[0], None
+        if self.recompute == "full" and self.training:
+            run = self._run
+            return torch_checkpoint(
+                run, hidden_states, packed_seq_params, use_reentrant=False, preserve_rng_state=False
+            ), None
+        return self._run(hidden_states, packed_seq_params), None
+
+    def _run(self, hidden: torch.Tensor, context: PackedContext | None) -> torch.Tensor:
+        def attend(normed):
+            return self.self_attention(normed, attention_mask=None, packed_seq_params=context)[0]
+
+        if self.recompute != "selective" or not self.training:
+            normed, hidden = self.pre_mlp_layernorm(attend(self.input_layernorm(hidden)), hidden)
+            return hidden + self.mlp(normed)
+        hidden = hidden + forgotten(self.input_layernorm, attend, True, hidden)
+        return hidden + forgotten(self.pre_mlp_layernorm, self.mlp, True, hidden)
 
 
-def block_spec(config: TransformerConfig, causal: bool) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage: pre-norm attention and SwiGLU, RMSNorm at the end."""
+def block_spec(
+    config: TransformerConfig,
+    causal: bool,
+    recompute: Recompute = "none",
+    experts: ModelConfig | None = None,
+    vp_stage: int | None = None,
+) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage, or of its part `vp_stage`: pre-norm attention and SwiGLU, or the experts of a
+    model; RMSNorm at the end."""
     layer = ModuleSpec(
         module=Layer,
+        params={"recompute": recompute, "experts": experts},
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=ModuleSpec(
@@ -139,15 +200,10 @@ def block_spec(config: TransformerConfig, causal: bool) -> TransformerBlockSubmo
                 ),
             ),
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(
-                    linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear, activation_func=SwiGLU
-                ),
-            ),
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
 
 
 def transformer_config(
@@ -158,12 +214,11 @@ def transformer_config(
     groups: int,
     ffn: int,
     eps: float,
-    tensor: int,
-    pipeline: int,
-    sequence_parallel: bool,
     dtype: torch.dtype,
+    **parallel,
 ) -> TransformerConfig:
-    """Megatron-core's view of one transformer; weights are initialised by `coordinates.initialize`."""
+    """Megatron-core's view of one transformer; weights are initialised by `coordinates.initialize`. `parallel`: what it
+    is told of the layout."""
     return TransformerConfig(
         num_layers=layers,
         hidden_size=hidden,
@@ -174,13 +229,9 @@ def transformer_config(
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=F.silu,
-        use_te_activation_func=True,  # means here: build the spec's activation module, our SwiGLU
         add_bias_linear=False,
         attention_dropout=0.0,
         hidden_dropout=0.0,
-        tensor_model_parallel_size=tensor,
-        pipeline_model_parallel_size=pipeline,
-        sequence_parallel=sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -194,6 +245,7 @@ def transformer_config(
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
+        **parallel,
     )
 
 

@@ -1,4 +1,4 @@
-"""The same image+text transformer in plain PyTorch: one process, one document at a time. The tests' yardstick.
+"""The same image+text transformer in plain PyTorch, in one process. The tests' yardstick.
 
 Parameter names are those of the sharded model in global coordinates, so weights are compared one to one.
 """
@@ -12,6 +12,11 @@ from torch import nn
 
 def rms_norm(x, weight, eps):
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
+
+
+def swiglu(x, fc1, fc2):
+    gate, up = (x @ fc1.T).chunk(2, -1)
+    return (F.silu(gate) * up) @ fc2.T
 
 
 def rotate(x, positions, theta):
@@ -39,8 +44,8 @@ class Reference(nn.Module):
     def state(self):
         return {name: self.w(name) for name in self.names}
 
-    def block(self, x, prefix, heads, groups, causal, theta):
-        """One pre-norm transformer layer on x [t, hidden]; keys and values of `groups` heads are shared."""
+    def attend(self, x, prefix, heads, groups, causal, theta):
+        """x [t, hidden] and what attention adds to it; keys and values of `groups` heads are shared."""
         eps = self.config.norm_eps
         d = x.shape[-1] // heads
         y = rms_norm(x, self.w(f"{prefix}.input_layernorm.weight"), eps)
@@ -55,49 +60,73 @@ class Reference(nn.Module):
         if causal:
             scores = scores.masked_fill(torch.ones(len(x), len(x), dtype=torch.bool).triu(1), -math.inf)
         out = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).reshape(len(x), heads * d)
-        x = x + out @ self.w(f"{prefix}.self_attention.linear_proj.weight").T
-        y = rms_norm(x, self.w(f"{prefix}.pre_mlp_layernorm.weight"), eps)
-        gate, up = (y @ self.w(f"{prefix}.mlp.linear_fc1.weight").T).chunk(2, -1)
-        return x + (F.silu(gate) * up) @ self.w(f"{prefix}.mlp.linear_fc2.weight").T
+        return x + out @ self.w(f"{prefix}.self_attention.linear_proj.weight").T
+
+    def feed(self, x, prefix):
+        """x [t, hidden] and what SwiGLU, or a layer of experts, adds to it; and the router's own losses."""
+        y = rms_norm(x, self.w(f"{prefix}.pre_mlp_layernorm.weight"), self.config.norm_eps)
+        if f"{prefix}.mlp.router" in self.names:
+            out, losses = self.experts(y, prefix)
+            return x + out, losses
+        return x + swiglu(y, self.w(f"{prefix}.mlp.linear_fc1.weight"), self.w(f"{prefix}.mlp.linear_fc2.weight")), 0.0
+
+    def experts(self, y, prefix):
+        """One expert after the other on the tokens that choose it; one that is full takes those of largest weight."""
+        c = self.config
+        logits = y @ self.w(f"{prefix}.mlp.router").T
+        p = logits.softmax(-1)
+        chosen = p.argsort(-1, descending=True)[:, : c.experts_per_token]
+        weight = p.gather(1, chosen)
+        if c.experts_per_token > 1:
+            weight = weight / weight.sum(-1, keepdim=True)
+        out = torch.zeros_like(y)
+        for e in range(c.num_experts):
+            tokens, choice = (chosen == e).nonzero(as_tuple=True)
+            if c.capacity_factor:
+                room = math.ceil(c.capacity_factor * chosen.numel() / c.num_experts)
+                best = weight[tokens, choice].argsort(descending=True, stable=True)[:room]
+                tokens, choice = tokens[best], choice[best]
+            fc1, fc2 = (self.w(f"{prefix}.mlp.linear_{name}")[e] for name in ("fc1", "fc2"))
+            out = out.index_add(0, tokens, swiglu(y[tokens], fc1, fc2) * weight[tokens, choice, None])
+        share = torch.bincount(chosen.flatten(), minlength=c.num_experts) / chosen.numel()
+        balance = c.num_experts * (share * p.mean(0)).sum()
+        return out, c.balance_loss * balance + c.router_z_loss * logits.logsumexp(-1).square().mean()
 
     def encode_image(self, patches):
         """patches [n, patch_dim] of pixels 0 to 255 -> decoder inputs [n / merge^2, hidden]."""
         c = self.config
-        pixels = (patches.to(self.w("output.weight").dtype) / 255 - c.image_mean) / c.image_std
+        pixels = (patches.to(self.w("embedding.weight").dtype) / 255 - c.image_mean) / c.image_std
         x = pixels @ self.w("vision.patch_embedding.weight").T + self.w("vision.position_embedding")
         for i in range(c.vision_layers):
-            x = self.block(x, f"vision.encoder.layers.{i}", c.vision_num_heads, c.vision_num_heads, False, None)
+            prefix = f"vision.encoder.layers.{i}"
+            x, _ = self.feed(self.attend(x, prefix, c.vision_num_heads, c.vision_num_heads, False, None), prefix)
         x = rms_norm(x, self.w("vision.encoder.final_layernorm.weight"), c.norm_eps)
         x = x.reshape(-1, c.patch_merge**2 * x.shape[-1])
         x = F.gelu(x @ self.w("projector.linear_in.weight").T)
         return x @ self.w("projector.linear_out.weight").T
 
-    def document(self, tokens, images, starts):
-        """Logits [t, vocab] of one document: tokens [t], images [i, n, patch_dim], starts [i]."""
+    def batch(self, batch):
+        """Logits [T, vocab] of a PackedBatch, each document by itself but for experts; and the routers' own losses."""
         c = self.config
-        x = self.w("embedding.weight")[tokens].clone()
-        for image, start in zip(images, starts, strict=True):
-            features = self.encode_image(image)
+        x = self.w("embedding.weight")[torch.from_numpy(batch.tokens_T).long()].clone()
+        for image, start in zip(batch.patches_IND, batch.image_starts_I, strict=True):
+            features = self.encode_image(torch.from_numpy(image))
             x[start : start + len(features)] = features
+        lengths, losses = list(map(int, batch.cu_seqlens[1:] - batch.cu_seqlens[:-1])), 0.0
         for i in range(c.depth):
-            x = self.block(x, f"decoder.layers.{i}", c.num_heads, c.num_query_groups, True, c.rope_theta)
+            prefix, shape = f"decoder.layers.{i}", (c.num_heads, c.num_query_groups, True, c.rope_theta)
+            x = torch.cat([self.attend(piece, f"decoder.layers.{i}", *shape) for piece in x.split(lengths)])
+            x, more = self.feed(x, prefix)
+            losses = losses + more
         x = rms_norm(x, self.w("decoder.final_layernorm.weight"), c.norm_eps)
-        return x @ self.w("output.weight").T
+        return x @ self.w("embedding.weight" if c.tied_embeddings else "output.weight").T, losses
 
-    def loss(self, batch, learned_tokens):
-        """Summed cross entropy of a PackedBatch's learned labels / learned_tokens, piece by piece."""
-        dtype = self.w("output.weight").dtype
-        total = 0.0
-        for start, stop in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True):
-            mask = torch.tensor(batch.loss_mask_T[start:stop], dtype=dtype)
-            if not mask.any():
-                continue
-            inside = [i for i, at in enumerate(batch.image_starts_I) if start <= at < stop]
-            logits = self.document(
-                torch.from_numpy(batch.tokens_T[start:stop]).long(),
-                torch.from_numpy(batch.patches_IND[inside]),
-                [int(batch.image_starts_I[i] - start) for i in inside],
-            )
-            labels = torch.from_numpy(batch.labels_T[start:stop]).long()
-            total = total + (F.cross_entropy(logits, labels, reduction="none") * mask).sum()
-        return total / learned_tokens
+    def loss(self, batches, learned_tokens):
+        """Summed cross entropy of PackedBatches' learned labels / learned_tokens; and the mean of routers' losses."""
+        total, own = 0.0, 0.0
+        for batch in batches:
+            logits, losses = self.batch(batch)
+            each = F.cross_entropy(logits, torch.from_numpy(batch.labels_T).long(), reduction="none")
+            total = total + (each * torch.tensor(batch.loss_mask_T, dtype=each.dtype)).sum()
+            own = own + losses
+        return total / learned_tokens, own / len(batches)

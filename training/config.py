@@ -82,8 +82,10 @@ class TrainJob(Table):
     @property
     def setting(self) -> Setting:
         """What the rules for layouts look at."""
+        training = self.training
+        bf16 = training.precision == "bf16"
         return Setting(
-            self.parallel, self.model, self.data.seq_length, self.training.global_batch, self.training.deterministic
+            self.parallel, self.model, self.data.seq_length, training.global_batch, bf16, training.deterministic
         )
 
     @property

@@ -1,4 +1,4 @@
-"""Batches on their way to a device: one rank of a tensor-parallel group builds them, the others are sent them."""
+"""Batches on their way to a device: one rank of those that share its rows builds them, the others are sent them."""
 
 import math
 from collections.abc import Iterator
@@ -74,7 +74,7 @@ class DeviceBatch:
 class DeviceStep:
     """One rank's share of a step, and the cursor after the step.
 
-    A micro-batch is sent to the device when it is asked for, which is collective over the tensor-parallel group.
+    A micro-batch is sent to the device when it is asked for, which is collective over the ranks that share its rows.
     """
 
     weight: float  # of all its labels in the loss
@@ -87,9 +87,9 @@ class DeviceStep:
 class Delivery:
     """Endless steps of a job's data from `cursor` on, for this rank. Needs `process_group.join` before.
 
-    The first rank of each tensor-parallel group reads and builds, in a thread and two steps ahead; it reads no more
-    than its pipeline stage needs: tokens in the first and the last one, images in the first. `next` is collective over
-    the group. DataError as of Loader, on the rank that reads.
+    Of the tensor- and context-parallel ranks that share rows, the first one reads and builds, in a thread and two steps
+    ahead; it reads no more than its pipeline stage needs: tokens in the first and the last one, images in the first.
+    `next` is collective over these ranks. DataError as of Loader, on the rank that reads.
     """
 
     def __init__(self, job: TrainJob, cursor: Cursor, rank: int, device: torch.device):
@@ -97,8 +97,8 @@ class Delivery:
         layout = job.parallel
         share = job.training.global_batch // layout.data
         self._micro_batches = share // layout.micro_batch
-        self._group = parallel_state.get_tensor_model_parallel_group()
-        self._source = parallel_state.get_tensor_model_parallel_src_rank()
+        self._group = parallel_state.get_tensor_and_context_parallel_group()
+        self._source = dist.get_process_group_ranks(self._group)[0]
         self._loader: Loader | None = None
         self._parcels: Iterator[_Parcel] | None = None
         if rank == self._source:
@@ -184,10 +184,11 @@ class Delivery:
 
     def _sent(self, tensor: torch.Tensor) -> torch.Tensor:
         """The first rank's tensor, on the device of each rank of the group."""
-        if self._job.parallel.tensor == 1 and tensor.dtype != torch.uint8:
+        alone = dist.get_world_size(self._group) == 1
+        if alone and tensor.dtype != torch.uint8:
             return tensor
         tensor = tensor.to(self._device, non_blocking=True)
-        if self._job.parallel.tensor > 1:
+        if not alone:
             dist.broadcast(tensor, self._source, self._group)
         return tensor
 

@@ -23,7 +23,7 @@ def load_model(checkpoint: Path) -> tuple[MultimodalModel, TrainJob]:
     job = TrainJob.model_validate(reader.manifest.state.job).model_copy(update={"parallel": Layout()})
     rank = Rank()
     join(rank, job.parallel)
-    model = build_model(job, rank.device)
-    for parameter, place in placements(model):
+    (model,) = build_model(job, rank.device)
+    for parameter, place in placements([model]):
         parameter.copy_(reader.local("weight", place))
     return model.eval(), job

@@ -39,8 +39,8 @@ class Layout(Table):
     zero: Literal[1, 2, 3] = Field(
         1, description="what data-parallel ranks share: 1: optimizer state; 2: gradients too; 3: weights too"
     )
-    engine: Literal["deepspeed", "megatron"] = Field(
-        "deepspeed", description="who reduces gradients and shares optimizer state: DeepSpeed ZeRO, or Megatron-core"
+    engine: Literal["", "deepspeed", "megatron"] = Field(
+        "", description="who reduces gradients: DeepSpeed, or Megatron-core; empty: DeepSpeed for zero > 1 and offload"
     )
     offload: bool = Field(False, description="optimizer state and its arithmetic on the host's processors")
     recompute: Literal["none", "selective", "full"] = Field(
@@ -58,7 +58,9 @@ class Layout(Table):
             return given
         shards = (sizes["tensor"] or 1) * (sizes["pipeline"] or 1) * (sizes["context"] or 1)
         data = sizes["data"] or max(1, sizes["world_size"] // shards)
-        return given | {"data": data, "world_size": sizes["world_size"] or data * shards}
+        deepspeed = given.get("zero") in (2, 3) or given.get("offload") is True
+        derived = {"data": data, "world_size": sizes["world_size"] or data * shards}
+        return given | derived | {"engine": given.get("engine") or ("deepspeed" if deepspeed else "megatron")}
 
     @model_validator(mode="after")
     def _check(self):

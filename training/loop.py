@@ -21,7 +21,10 @@ from armillary.training.checkpoint.manifest import MOMENTS, State
 from armillary.training.checkpoint.save import write_rank
 from armillary.training.config import TrainJob
 from armillary.training.delivery import Delivery
-from armillary.training.engine import Engine
+from armillary.training.engines.canonical import CanonicalSums
+from armillary.training.engines.megatron import MegatronEngine
+from armillary.training.engines.shared import Engine
+from armillary.training.engines.zero import ZeroEngine
 from armillary.training.metrics import Metrics
 from armillary.training.process_group import Rank
 from armillary.training.step import train_step
@@ -65,9 +68,8 @@ class Trainer:
     def __init__(self, assignment: Assignment):
         job, rank = assignment.job, assignment.rank
         self.assignment, self.job, self.rank = assignment, job, rank
-        bf16 = job.training.precision == "bf16"
-        self.model = build_model(job, rank.device)
-        self.engine = Engine(self.model, job.optimizer, bf16)
+        self.stages = build_model(job, rank.device)
+        self.engine = build_engine(self.stages, job)
         self.step, self.cursor, self.tokens, self.loss = 0, Cursor(), 0, math.nan
         if assignment.resume is not None:
             self._load(Reader(assignment.resume))
@@ -80,7 +82,7 @@ class Trainer:
         waited = time.perf_counter() - started
         rate = self.job.optimizer.rate(self.step, self.job.training.steps)
         names = [source.name for source in self.job.data.sources]
-        result = train_step(self.model, self.engine, step, len(names), rate, self.rank.device, stop)
+        result = train_step(self.stages, self.engine, step, len(names), rate, self.rank.device, stop)
         self.step, self.cursor, self.loss = self.step + 1, step.after, result.loss
         self.tokens += self.job.tokens_per_step
         record = {
@@ -132,17 +134,34 @@ class Trainer:
         parts = ("weight", *MOMENTS)
         states = {
             place.name: {part: checkpoint.local(part, place).to(self.rank.device) for part in parts}
-            for _, place in placements(self.model)
+            for _, place in placements(self.stages)
         }
         self.engine.load_state(states, state.step)
 
 
-def build_model(job: TrainJob, device: torch.device) -> MultimodalModel:
-    """This rank's part of the job's model with its initial weights. Needs `process_group.join` before."""
+def build_model(job: TrainJob, device: torch.device) -> list[MultimodalModel]:
+    """This rank's part of the job's model with its initial weights, or its virtual stages' parts. Needs
+    `process_group.join` before."""
     dtype = torch.bfloat16 if job.training.precision == "bf16" else torch.float32
-    model = MultimodalModel(job.model, job.parallel.sequence_parallel, dtype)
-    initialize(model, job.training.seed)
-    return model.to(device)
+    layout = job.parallel
+    layers = layout.stage_layers(job.model.depth)
+    stages = [
+        MultimodalModel(job.model, layout.sequence_parallel, dtype, layout.recompute, layers, layout.virtual, number)
+        for number in range(layout.virtual)
+    ]
+    initialize(stages, job.training.seed)
+    return [stage.to(device) for stage in stages]
+
+
+def build_engine(stages: list[MultimodalModel], job: TrainJob) -> Engine:
+    """Who reduces gradients and updates weights, as the layout has it."""
+    layout, sums = job.parallel, None
+    if job.training.deterministic:
+        parameters = [parameter for stage in stages for parameter in stage.parameters()]
+        sums = CanonicalSums(parameters, job.training.global_batch // layout.micro_batch, layout.data)
+    if layout.engine == "megatron":
+        return MegatronEngine(stages, job.optimizer, sums, layout.data)
+    return ZeroEngine(stages, job.optimizer, job.training.precision == "bf16", layout, sums)
 
 
 def run(assignment: Assignment, observer: Observer, serving: Callable[[str], None] = lambda address: None) -> int:

@@ -59,9 +59,15 @@ def join(rank: Rank, layout: Layout, timeout_seconds: float = 300.0) -> None:
                 f"{rank.address}:{rank.port}",
                 "see the other ranks' logs; raise the timeout if the machines are slow to start",
             ) from None
-    parallel_state.destroy_model_parallel()
+    _forget_groups()
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tensor, pipeline_model_parallel_size=layout.pipeline
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        create_gloo_process_groups=False,
+        expert_tensor_parallel_size=1,  # an expert is small enough to be whole on a rank
     )
     # Sequence parallelism forks this random state; nothing is drawn from it while there is no dropout.
     tensor_parallel.model_parallel_cuda_manual_seed(1)
@@ -83,8 +89,16 @@ def _meet(rank: Rank, timeout: datetime.timedelta) -> dist.TCPStore:
     )
 
 
+def _forget_groups() -> None:
+    """Leave the groups of an earlier layout, each of which has threads and connections."""
+    for group in parallel_state._global_process_group_list or ():
+        if group is not None and dist.is_initialized():
+            dist.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()
+
+
 def leave() -> None:
     """Undo `join`."""
-    parallel_state.destroy_model_parallel()
+    _forget_groups()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,6 +1,8 @@
 """One optimizer step over micro-batches, under any layout."""
 
+import itertools
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,9 +10,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from armillary.model.multimodal import MultimodalModel
+from armillary.model.multimodal import MultimodalModel, Targets
 from armillary.training.delivery import DeviceStep
-from armillary.training.engine import Engine
+from armillary.training.engines.shared import Engine
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class StepResult:
 
 
 def train_step(
-    model: MultimodalModel,
+    stages: Sequence[MultimodalModel],
     engine: Engine,
     step: DeviceStep,
     sources: int,
@@ -43,34 +45,33 @@ def train_step(
     sources: how many sources the batch's tokens may be of.
     """
     started = time.perf_counter()
-    last_stage = parallel_state.is_pipeline_last_stage()
-    # ZeRO averages over data-parallel ranks; the mean we want is over the global batch's learned tokens.
-    scale = parallel_state.get_data_parallel_world_size() / _global_weight(step, device) if last_stage else 1.0
+    data_ranks = parallel_state.get_data_parallel_world_size()
+    scale = engine.replicas / _global_weight(step, device)
+    for stage in stages:
+        stage.set_aux_scale(engine.replicas / (step.count * data_ranks))
 
     def forward(batches, model):
         batch = next(batches)
+        if not model.post_process:
+            return model(batch.inputs), None
+        mask_T = batch.loss_mask_T
+        total, losses_T = model(batch.inputs, Targets(batch.labels_T, mask_T * scale))
+        mask_T, ids_T = model.own(mask_T), model.own(batch.source_ids_T)
+        of_source_TS = ids_T[:, None] == torch.arange(sources, device=device)
+        sums_2S = torch.stack([losses_T * mask_T, mask_T]).double() @ of_source_TS.double()
+        return total, lambda total: (total, sums_2S.new_zeros((), dtype=torch.int), sums_2S)
 
-        def loss(hidden):
-            mask_T = batch.loss_mask_T
-            total, losses_T = model.losses(hidden, batch.labels_T, mask_T * scale)
-            of_source_TS = batch.source_ids_T[:, None] == torch.arange(sources, device=device)
-            sums_2S = torch.stack([losses_T * mask_T, mask_T]).double() @ of_source_TS.double()
-            return total, mask_T.sum().int(), sums_2S
-
-        return model(batch.inputs, logits=False), loss
-
-    sums = get_forward_backward_func()(
-        forward_step_func=forward,
-        data_iterator=step.micro_batches,
-        model=model,
-        num_microbatches=step.count,
-        seq_length=step.positions,
-        micro_batch_size=1,
-        forward_only=False,
-    )
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        sums = _pipeline(forward, stages, step)
+    else:
+        sums = []
+        for number in range(step.count):
+            total, report = forward(step.micro_batches, engine.model)
+            engine.backward(total, last=number == step.count - 1)
+            sums.append(report(total)[2])
     computed = time.perf_counter()
     grad_norm = engine.step(learning_rate)
-    counts = last_stage and parallel_state.get_tensor_model_parallel_rank() == 0
+    counts = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
     agreed = torch.zeros(2 * sources + 1, dtype=torch.float64, device=device)
     if counts:
         agreed[:-1] = sum(sums).flatten()
@@ -85,6 +86,22 @@ def train_step(
         stops > 0,
         computed - started,
         time.perf_counter() - computed,
+    )
+
+
+def _pipeline(forward, stages: Sequence[MultimodalModel], step: DeviceStep) -> list[torch.Tensor]:
+    """Megatron-core's schedule: 1F1B, interleaved where a rank has several stages (Narayanan et al. 2021, section 2.2).
+    What `forward` reports of each micro-batch, on the last stage."""
+    batches = list(itertools.tee(step.micro_batches, len(stages)))
+    several = len(stages) > 1
+    return get_forward_backward_func()(
+        forward_step_func=forward,
+        data_iterator=batches if several else batches[0],
+        model=list(stages) if several else stages[0],
+        num_microbatches=step.count,
+        seq_length=step.positions,
+        micro_batch_size=1,
+        forward_only=False,
     )
 
 

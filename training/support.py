@@ -15,6 +15,7 @@ class Setting(NamedTuple):
     model: ModelConfig
     seq_length: int
     global_batch: int
+    bf16: bool = False
     deterministic: bool = False
 
 
@@ -27,8 +28,10 @@ class Feature(NamedTuple):
 
 
 FEATURES = {
-    "tensor": Feature("parallel.tensor", "tensor", lambda s: s.layout.tensor > 1),
-    "sequence": Feature("parallel.sequence_parallel", "sequence", lambda s: s.layout.sequence_parallel),
+    "tensor": Feature(
+        "parallel.tensor", "tensor alone", lambda s: s.layout.tensor > 1 and not s.layout.sequence_parallel
+    ),
+    "sequence": Feature("parallel.sequence_parallel", "tensor and sequence", lambda s: s.layout.sequence_parallel),
     "pipeline": Feature("parallel.pipeline", "pipeline", lambda s: s.layout.pipeline > 1),
     "virtual": Feature("parallel.virtual", "virtual stages", lambda s: s.layout.virtual > 1),
     "uneven": Feature(
@@ -37,14 +40,19 @@ FEATURES = {
     ),
     "context": Feature("parallel.context", "context", lambda s: s.layout.context > 1),
     "expert": Feature("parallel.expert", "expert", lambda s: s.layout.expert > 1),
-    "deepspeed": Feature("parallel.engine", "DeepSpeed", lambda s: s.layout.engine == "deepspeed"),
-    "megatron": Feature("parallel.engine", "DistributedOptimizer", lambda s: s.layout.engine == "megatron"),
+    "megatron": Feature("parallel.engine", "Megatron-core", lambda s: s.layout.engine == "megatron"),
+    "zero1": Feature(
+        "parallel.engine", "DeepSpeed ZeRO-1",
+        lambda s: s.layout.engine == "deepspeed" and s.layout.zero == 1 and not s.layout.offload,
+    ),
     "zero2": Feature("parallel.zero", "ZeRO-2", lambda s: s.layout.zero == 2),
     "zero3": Feature("parallel.zero", "ZeRO-3", lambda s: s.layout.zero == 3),
     "offload": Feature("parallel.offload", "offload", lambda s: s.layout.offload),
     "recompute": Feature("parallel.recompute", "recompute", lambda s: s.layout.recompute != "none"),
     "experts": Feature("model.num_experts", "experts", lambda s: s.model.num_experts > 0),
+    "capacity": Feature("model.capacity_factor", "capacity", lambda s: s.model.capacity_factor > 0),
     "tied": Feature("model.tied_embeddings", "tied", lambda s: s.model.tied_embeddings),
+    "bf16": Feature("training.precision", "bf16", lambda s: s.bf16),
     "deterministic": Feature("training.deterministic", "deterministic", lambda s: s.deterministic),
 }  # fmt: skip
 
@@ -58,24 +66,38 @@ class Rule(NamedTuple):
     instead: str
 
 
-ZERO1 = "parallel.zero=1, which shares the optimizer's state, the largest part"
+ZERO1 = "parallel.zero=1, which shares the largest part, the optimizer's state"
 DEEPSPEED = 'parallel.engine="deepspeed"'
 MEGATRON = 'parallel.engine="megatron"'
 
 NEEDS = (
-    Rule("sequence", "tensor", "it splits positions over tensor-parallel ranks", "set parallel.tensor above 1"),
     Rule("virtual", "pipeline", "it divides the stages of a pipeline", "set parallel.pipeline above 1"),
     Rule("uneven", "pipeline", "it divides layers among the stages of a pipeline", "set parallel.pipeline above 1"),
     Rule("expert", "experts", "the model has no experts to share", "set model.num_experts"),
+    Rule("capacity", "experts", "it is the room that an expert has", "set model.num_experts"),
+    Rule("expert", "megatron", "experts' gradients are reduced over fewer ranks than others", MEGATRON),
 )
+
+# Of each of these a job has one at most.
+ALTERNATIVES = (("megatron", "zero1"), ("zero1", "zero2", "zero3"), ("zero1", "offload"), ("tensor", "sequence"))
 
 REFUSED = (
     Rule("zero2", "pipeline", "ZeRO-2 reduces gradients as each backward pass ends, and a pipeline has many", ZERO1),
     Rule("zero3", "pipeline", "ZeRO-3 gathers weights for one pass at a time, and a pipeline has many", ZERO1),
-    Rule("zero2", "megatron", "Megatron-core's DistributedOptimizer is of ZeRO-1", DEEPSPEED),
-    Rule("zero3", "megatron", "Megatron-core's DistributedOptimizer is of ZeRO-1", DEEPSPEED),
-    Rule("offload", "megatron", "it is DeepSpeed that keeps optimizer state on the host", DEEPSPEED),
-    Rule("expert", "deepspeed", "experts' gradients are reduced over fewer ranks than DeepSpeed's are", MEGATRON),
+    Rule("zero2", "megatron", "Megatron-core's buffers are of ZeRO-1", DEEPSPEED),
+    Rule("zero3", "megatron", "Megatron-core's buffers are of ZeRO-1", DEEPSPEED),
+    Rule("offload", "megatron", "Megatron-core's buffers stay where the weights are", DEEPSPEED),
+    Rule(
+        "experts", "tensor", "a token would go to its experts once for each tensor-parallel rank",
+        "parallel.sequence_parallel=true",
+    ),
+    Rule(
+        "capacity", "sequence", "an expert's room is counted over a whole micro-batch", "model.capacity_factor=0",
+    ),
+    Rule(
+        "capacity", "context", "an expert's room is counted over a whole micro-batch", "model.capacity_factor=0",
+    ),
+    Rule("zero1", "bf16", "it would add micro-batches' gradients up in bf16, and not in fp32", MEGATRON),
     Rule(
         "deterministic", "expert", "what an expert is sent in one go changes with the ranks that share it",
         "parallel.expert=1, or training.deterministic=false",
@@ -87,18 +109,53 @@ REFUSED = (
 )  # fmt: skip
 
 
+def together(first: str, second: str) -> list[Rule] | None:
+    """The rules by which two features do not go together; None where they are alternatives."""
+    if any({first, second} <= set(names) for names in ALTERNATIVES):
+        return None
+    used, reasons = {first, second}, []
+    while more := [rule for rule in NEEDS if rule.first in used and rule.second not in used]:
+        used |= {rule.second for rule in more}
+        reasons += more
+    found = [rule for rule in REFUSED if {rule.first, rule.second} <= used]
+    clash = {name for names in ALTERNATIVES for name in names if len(used & set(names)) > 1}
+    return found + [rule for rule in reasons if found or rule.second in clash]
+
+
+def matrix() -> str:
+    """Which features go together: the table of docs/layouts.md, in Markdown, and the rules behind it."""
+    names, numbers = list(FEATURES), {rule: number for number, rule in enumerate((*REFUSED, *NEEDS), 1)}
+    lines = ["| | " + " | ".join(FEATURES[name].label for name in names[:-1]) + " |", "|---" * len(names) + "|"]
+    for row, name in enumerate(names[1:], 1):
+        cells = []
+        for other in names[:row]:
+            rules = together(name, other)
+            cells.append("" if rules is None else ", ".join(str(numbers[rule]) for rule in rules) or "yes")
+        lines.append(f"| **{FEATURES[name].label}** | " + " | ".join(cells + [""] * (len(names) - 1 - row)) + " |")
+    lines.append("")
+    for rule, number in numbers.items():
+        lines.append(f"{number}. {_refused(rule) if rule in REFUSED else _needed(rule)}")
+    return "\n".join(lines) + "\n"
+
+
+def _needed(rule: Rule) -> str:
+    return f"{FEATURES[rule.first].label} needs {FEATURES[rule.second].label}: {rule.why}; {rule.instead}"
+
+
+def _refused(rule: Rule) -> str:
+    labels = f"{FEATURES[rule.first].label} does not go with {FEATURES[rule.second].label}"
+    return f"{labels}: {rule.why}; instead: {rule.instead}"
+
+
 def problems(setting: Setting) -> list[tuple[str, str]]:
     """Why this layout cannot run this model and batch: (key, reason with what to do instead) pairs, or none."""
     used = {name for name, feature in FEATURES.items() if feature.used(setting)}
     found = [
-        (FEATURES[rule.first].key, f"{FEATURES[rule.first].label} needs {FEATURES[rule.second].label}: {rule.why}; "
-         f"{rule.instead}")
+        (FEATURES[rule.first].key, _needed(rule))
         for rule in NEEDS if rule.first in used and rule.second not in used
     ]  # fmt: skip
     found += [
-        (FEATURES[rule.first].key, f"{FEATURES[rule.first].label} does not go with {FEATURES[rule.second].label}: "
-         f"{rule.why}; instead: {rule.instead}")
-        for rule in REFUSED if {rule.first, rule.second} <= used
+        (FEATURES[rule.first].key, _refused(rule)) for rule in REFUSED if {rule.first, rule.second} <= used
     ]  # fmt: skip
     return found + list(_sizes(setting))
 
@@ -115,6 +172,11 @@ def _sizes(setting: Setting):
         "model.vision_num_heads": model.vision_num_heads,
         "model.vision_ffn_hidden_size": model.vision_ffn_hidden_size,
     }
+    if layout.sequence_parallel and layout.tensor == 1:
+        yield (
+            "parallel.sequence_parallel",
+            "it splits positions over tensor-parallel ranks; set parallel.tensor above 1",
+        )
     if undivided := [f"{key}={size}" for key, size in shared.items() if size % layout.tensor]:
         fitting = _divisors(math.gcd(*shared.values()))
         yield "parallel.tensor", f"tensor={layout.tensor} does not divide {', '.join(undivided)}; {fitting} would"

@@ -1,7 +1,7 @@
 """A training step on one device: `python -m benchmarks.gpu.training`, one JSON line. Without a GPU, on CPU.
 
-The model, Megatron-core's schedule, DeepSpeed's ZeRO-1 and AdamW, as the trainer drives them; the batch is random,
-packed, with images, and the same each time. ARMILLARY_KERNELS=reference for the same without kernels.
+The model, the gradient buffers and AdamW, as the trainer drives them; the batch is random, packed, with images, and the
+same each time. ARMILLARY_KERNELS=reference for the same without kernels.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from armillary.model.coordinates import initialize
 from armillary.model.multimodal import MultimodalModel
 from armillary.training.config import OptimizerConfig
 from armillary.training.delivery import DeviceBatch, DeviceStep
-from armillary.training.engine import Engine
+from armillary.training.engines.megatron import MegatronEngine
 from armillary.training.layout import Layout
 from armillary.training.process_group import Rank, join, leave
 from armillary.training.step import train_step
@@ -50,16 +50,16 @@ def measured(config: ModelConfig, positions: int, images: int, steps: int) -> di
 def _measured(config: ModelConfig, positions: int, images: int, steps: int, device: torch.device) -> dict:
     torch.manual_seed(0)
     model = MultimodalModel(config, False, torch.bfloat16)
-    initialize(model, 0)
+    initialize([model], 0)
     model = model.to(device)
     optimizer = OptimizerConfig()
-    engine = Engine(model, optimizer, bf16=True)
+    engine = MegatronEngine([model], optimizer, None, 1)
     batch = drawn(config, positions, images, device)
     seconds, losses = [], []
     for _ in range(3 + steps):
         begin = time.perf_counter()
         step = DeviceStep(float(positions), positions, 1, iter([batch]), Cursor())
-        result = train_step(model, engine, step, 1, optimizer.learning_rate, device, False)
+        result = train_step([model], engine, step, 1, optimizer.learning_rate, device, False)
         seconds.append(time.perf_counter() - begin)  # its figures are on the CPU, so that it is done
         losses.append(result.loss)
     median, gpu = statistics.median(seconds[3:]), device.type == "cuda"

@@ -13,7 +13,7 @@ from armillary.data_pipeline.images import ImageShape
 from armillary.model.config import ModelConfig
 from armillary.model.coordinates import initialize, placements
 from armillary.model.generation import generate
-from armillary.model.multimodal import MultimodalModel
+from armillary.model.multimodal import MultimodalModel, Targets
 from armillary.training.delivery import DeviceBatch
 from armillary.training.layout import Layout
 from armillary.training.process_group import Rank, join
@@ -40,7 +40,7 @@ CPU = torch.device("cpu")
 def model():
     join(Rank(), Layout())
     model = MultimodalModel(CONFIG)
-    initialize(model, seed=5)
+    initialize([model], seed=5)
     return model
 
 
@@ -91,14 +91,14 @@ def inputs_of(batch):
 
 
 def summed_loss(model, batch):
-    labels, mask = torch.from_numpy(batch.labels_T).long(), torch.tensor(batch.loss_mask_T)
-    return model.losses(model(inputs_of(batch), logits=False), labels, mask)[0]
+    targets = Targets(torch.from_numpy(batch.labels_T).long(), torch.tensor(batch.loss_mask_T))
+    return model(inputs_of(batch), targets)[0]
 
 
 def gradients(model, loss):
     model.zero_grad()
     loss.backward()
-    return {place.name: p.grad.clone() for p, place in placements(model) if p.grad is not None}
+    return {place.name: p.grad.clone() for p, place in placements([model]) if p.grad is not None}
 
 
 def test_packed_equals_unpacked(model):
@@ -117,8 +117,8 @@ def test_equals_the_plain_model_and_its_gradients(model):
     batch = packed(documents(), 40)
     loss = summed_loss(model, batch)
     got = gradients(model, loss)
-    plain = Reference(CONFIG, {place.name: p.detach().double() for p, place in placements(model)})
-    expected = plain.loss(batch, 1)
+    plain = Reference(CONFIG, {place.name: p.detach().double() for p, place in placements([model])})
+    expected, _ = plain.loss([batch], 1)
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     for name, weight in plain.state().items():
@@ -149,7 +149,7 @@ def test_an_image_changes_what_comes_after_it(model):
 
 def test_a_batch_without_images_gives_every_weight_a_gradient(model):
     got = gradients(model, summed_loss(model, packed([documents()[0]])))
-    assert set(got) == {place.name for _, place in placements(model)}
+    assert set(got) == {place.name for _, place in placements([model])}
     assert all(not g.any() for name, g in got.items() if name.startswith(("vision", "projector")))
 
 
@@ -180,7 +180,7 @@ def test_generation_stops_at_the_end_and_samples_by_seed(model):
 
 
 def test_initial_weights_follow_the_rules(model):
-    for parameter, place in placements(model):
+    for parameter, place in placements([model]):
         if "layernorm" in place.name:
             assert (parameter == 1).all()
             continue

@@ -20,14 +20,26 @@ from armillary.training.process_group import Rank, join
 from tests.conftest import free_port
 from tests.groups import checkpoint_of, in_group
 
-# Each launch does two steps on a layout of two ranks, the last on one: tensor -> pipeline -> data -> one process.
-RELAY = [{"tensor": 2}, {"pipeline": 2}, {"data": 2}, {"tensor": 2, "sequence_parallel": True}]
+# Each launch does two steps on a layout of two ranks, the last on one.
+RELAY = [
+    {"tensor": 2, "sequence_parallel": True, "engine": "deepspeed"},
+    {"pipeline": 2, "virtual": 2},
+    {"data": 2, "zero": 3},
+    {"data": 2, "expert": 2},
+    {"data": 2, "zero": 2, "offload": True},
+    {"context": 2, "recompute": "selective"},
+    {"pipeline": 2, "engine": "deepspeed", "first_stage_layers": 1, "last_stage_layers": 3},
+    {"data": 2, "zero": 3, "offload": True, "recompute": "full"},
+]
+# A token goes to every expert: among fewer, rounding may choose others, and the curve jump.
+MODEL = {"depth": 4, "num_experts": 4, "experts_per_token": 4, "tied_embeddings": True}
 PART = 2
 TOTAL = PART * (len(RELAY) + 1)
 
 
 def job_of(tables, **parallel):
-    tables = tables | {"parallel": parallel, "training": {"steps": TOTAL, "global_batch": 4}}
+    training = {"steps": TOTAL, "global_batch": 4}
+    tables = tables | {"model": tables["model"] | MODEL, "parallel": parallel, "training": training}
     return resolve(tables, "test").train_job()
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 import xxhash
-from megatron.core import parallel_state
 
 from armillary.files import write_whole
 from armillary.model.coordinates import Placement
@@ -18,16 +17,12 @@ ALIGNMENT = 64
 def write_rank(folder: Path, rank: int, states: Iterator[tuple[Placement, dict[str, torch.Tensor]]]) -> None:
     """Write this rank's chunks of `states` (see Engine.state) and the list of them. Collective over data ranks.
 
-    Of the ranks that hold the same values one writes: tensor rank 0 what is replicated over tensor ranks, and
-    data-parallel ranks take turns.
+    Ranks that hold the same values take turns.
     """
-    data_rank = parallel_state.get_data_parallel_rank()
-    data_ranks = parallel_state.get_data_parallel_world_size()
-    first_tensor = parallel_state.get_tensor_model_parallel_rank() == 0
     path, chunks = folder / f"rank-{rank:05d}.bin", []
     with open(path, "wb") as file:
         for number, (place, parts) in enumerate(states):
-            if number % data_ranks != data_rank or (place.replicated and not first_tensor):
+            if number % place.turns != place.turn:
                 continue
             for part, tensor in parts.items():
                 for piece in place.pieces:

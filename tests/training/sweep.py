@@ -1,0 +1,225 @@
+"""The layouts that are compared with the plain model, and how: used by the tests and by `benchmarks.layouts`."""
+
+import json
+import math
+import operator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from armillary.data_pipeline.cursor import Cursor
+from armillary.data_pipeline.loader import Loader
+from armillary.launcher.job import resolve
+from armillary.model.coordinates import placements
+from armillary.training import cpu_runtime
+from armillary.training.checkpoint.load import Reader
+from armillary.training.layout import Layout
+from armillary.training.loop import Assignment, Trainer, build_model
+from armillary.training.process_group import Rank, join
+from tests.groups import checkpoint_of
+from tests.reference import Reference
+
+STEPS = 5
+SP = {"tensor": 2, "sequence_parallel": True}
+UNEVEN = {"first_stage_layers": 1, "last_stage_layers": 3}
+ZERO = {"engine": "deepspeed"}
+MODELS = {
+    "dense": {},
+    "tied": {"tied_embeddings": True},
+    "experts": {"num_experts": 4},
+    "capacity": {"num_experts": 4, "experts_per_token": 1, "capacity_factor": 1.0},
+}
+LAYOUTS = {  # by ranks, then by model
+    1: {
+        "dense": [{}, {"micro_batch": 4}, {"recompute": "selective"}, {"recompute": "full", **ZERO}],
+        "tied": [{}],
+        "experts": [{}, {"recompute": "full", "micro_batch": 2}],
+        "capacity": [{}, {"micro_batch": 2, **ZERO}],
+    },
+    2: {
+        "dense": [
+            {"data": 2},
+            {"data": 2, **ZERO},
+            {"data": 2, "zero": 2, "micro_batch": 2},
+            {"data": 2, "zero": 3},
+            {"data": 2, "offload": True},
+            {"data": 2, "zero": 3, "offload": True, "recompute": "full"},
+            {"tensor": 2},
+            {**SP, "micro_batch": 2},
+            {"pipeline": 2},
+            {"pipeline": 2, "virtual": 2},
+            {"pipeline": 2, **UNEVEN, **ZERO},
+            {"context": 2},
+            {"context": 2, "micro_batch": 2, "zero": 2},
+        ],
+        "tied": [{"pipeline": 2}, {"pipeline": 2, **ZERO}, {"data": 2, "zero": 3}],
+        "experts": [
+            {"data": 2, "expert": 2},
+            {"context": 2, "expert": 2},
+            {**SP, "expert": 2},
+            {**SP, **ZERO},
+            {"data": 2, "zero": 3},
+            {"pipeline": 2, "virtual": 2, "recompute": "selective"},
+        ],
+        "capacity": [{"data": 2, "expert": 2}],
+    },
+    4: {
+        "dense": [
+            {**SP, "pipeline": 2},
+            {**SP, "data": 2, "zero": 3, "offload": True},
+            {**SP, "context": 2},
+            {**SP, "data": 2, "recompute": "selective", **ZERO},
+            {"tensor": 2, "pipeline": 2, **ZERO},
+            {"data": 2, "pipeline": 2, "virtual": 2},
+            {"data": 2, "pipeline": 2, "offload": True, "recompute": "full"},
+            {"data": 2, "context": 2, "zero": 3},
+            {"pipeline": 2, "context": 2},
+            {"context": 4},
+            {"pipeline": 4},
+            {"data": 4, "zero": 2},
+        ],
+        "tied": [{"data": 2, "pipeline": 2}, {**SP, "pipeline": 2}],
+        "experts": [
+            {**SP, "data": 2, "expert": 4},
+            {"data": 4, "expert": 2},
+            {"data": 2, "pipeline": 2, "expert": 2, "recompute": "full"},
+            {"context": 2, "pipeline": 2, "virtual": 2, "expert": 2},
+        ],
+        "capacity": [],
+    },
+}
+
+
+class Case(NamedTuple):
+    """One layout of one model."""
+
+    ranks: int
+    model: str
+    number: int
+
+    @property
+    def layout(self) -> dict:
+        return LAYOUTS[self.ranks][self.model][self.number]
+
+    @property
+    def name(self) -> str:
+        said = [key if value is True else f"{key}={value}" for key, value in self.layout.items()]
+        return f"{self.model}: {' '.join(said) or 'one process'}"
+
+
+CASES = [
+    Case(ranks, model, number)
+    for ranks, models in LAYOUTS.items()
+    for model, layouts in models.items()
+    for number in range(len(layouts))
+]
+
+
+class Errors(NamedTuple):
+    """How far a layout is from the plain model: relative, the worst of five steps, or of all weights after them."""
+
+    loss: float
+    source_loss: float
+    norm: float
+    weights: float
+
+
+def job_of(tables, model, **parallel):
+    tables = tables | {
+        "model": tables["model"] | {"depth": 4} | MODELS[model],
+        "parallel": parallel,
+        "optimizer": {"learning_rate": 3e-3, "clip_grad": 0.5, "warmup_steps": 2},
+        "training": {"steps": 6, "global_batch": 4},
+    }
+    return resolve(tables, "test").train_job()
+
+
+def train_layouts(rank, tables, out):
+    """In a group: train each layout of this world size, and write its record and checkpoint."""
+    for case in (case for case in CASES if case.ranks == rank.world_size):
+        job = job_of(tables, case.model, **case.layout)
+        join(rank, job.parallel)
+        folder = folder_of(out, case)
+        trainer = Trainer(Assignment("test", job, "hash", rank, folder / "staging", None, STEPS))
+        records = [trainer.train_step(False)[0] for _ in range(STEPS)]
+        checkpoint_of(trainer, folder / "staging", folder / "checkpoint")
+        trainer.close()
+        if rank.rank == 0:
+            (folder / "records.json").write_text(json.dumps(records))
+            (folder / "hits.json").write_text(json.dumps([list(hit) for hit in cpu_runtime.HITS]))
+
+
+def folder_of(out: Path, case: Case) -> Path:
+    return out / f"{case.ranks}-{case.model}-{case.number}"
+
+
+def plain(tables, model, micro_batch):
+    """Losses, by source too, and gradient norms of the plain model under plain AdamW, in float64; its final weights and
+    the cursor behind the last step."""
+    job = job_of(tables, model)
+    join(Rank(), Layout())
+    initial = {place.name: p.detach().double() for p, place in placements(build_model(job, torch.device("cpu")))}
+    reference = Reference(job.model, initial)
+    weights = list(reference.parameters())
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in weights if p.ndim > 1], "weight_decay": job.optimizer.weight_decay},
+            {"params": [p for p in weights if p.ndim == 1], "weight_decay": 0.0},
+        ],
+        betas=(job.optimizer.beta1, job.optimizer.beta2),
+        eps=job.optimizer.eps,
+    )
+    records, after = [], Cursor()
+    steps = Loader(job.data, job.image_shape).steps(after, job.training.global_batch, micro_batch, 0, 1)
+    for step in range(STEPS):
+        batches, after = operator.attrgetter("micro_batches", "after")(next(steps))
+        by_source = _source_losses(reference, batches, [source.name for source in job.data.sources])
+        loss, own = reference.loss(batches, sum(batch.loss_mask_T.sum() for batch in batches))
+        optimizer.zero_grad()
+        (loss + own).backward()
+        norm = torch.nn.utils.clip_grad_norm_(weights, job.optimizer.clip_grad)
+        assert norm > job.optimizer.clip_grad, "clipping must be at work"
+        for group in optimizer.param_groups:
+            group["lr"] = job.optimizer.rate(step, job.training.steps)
+        optimizer.step()
+        records.append((loss.item(), norm.item(), by_source))
+    return records, reference.state(), after
+
+
+@torch.no_grad()
+def _source_losses(reference, batches, kinds):
+    """The mean loss over each source's learned tokens alone, of the sources that the batches have tokens of."""
+    found = {}
+    for number, kind in enumerate(kinds):
+        masks = [batch.loss_mask_T * (batch.source_ids_T == number) for batch in batches]
+        if total := sum(mask.sum() for mask in masks):
+            masked = [
+                batch._replace(mask_bounds=range(len(mask) + 1), mask_values=mask)
+                for batch, mask in zip(batches, masks, strict=True)
+            ]
+            found[kind] = reference.loss(masked, total)[0].item()
+    return found
+
+
+def errors(out: Path, case: Case, expected) -> Errors:
+    """Of a trained case, from what `plain` gave for its model and micro-batch."""
+    wanted, weights, after = expected
+    folder = folder_of(out, case)
+    records, reader = json.loads((folder / "records.json").read_text()), Reader(folder / "checkpoint")
+    assert reader.manifest.state.cursor == after
+    assert {key.partition("/")[2] for key in reader.keys} == set(weights)
+    by_source = []
+    for record, (_, _, of_sources) in zip(records, wanted, strict=True):
+        assert set(record["source_loss"]) == set(of_sources)
+        by_source += [_relative(record["source_loss"][kind], loss) for kind, loss in of_sources.items()]
+    return Errors(
+        max(_relative(record["loss"], loss) for record, (loss, _, _) in zip(records, wanted, strict=True)),
+        max(by_source),
+        max(_relative(record["grad_norm"], norm) for record, (_, norm, _) in zip(records, wanted, strict=True)),
+        max(((reader.whole(f"weight/{name}") - w).norm() / w.norm()).item() for name, w in weights.items()),
+    )
+
+
+def _relative(found: float, wanted: float) -> float:
+    return math.inf if math.isnan(found) else abs(found / wanted - 1)

@@ -1,0 +1,123 @@
+"""training.deterministic: data, pipeline, ZeRO and accumulation change no bit of weights and optimizer state."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from armillary.training.checkpoint.load import Reader
+from armillary.training.engines.canonical import CanonicalSums, exact_norm
+from armillary.training.layout import Layout
+from armillary.training.loop import Assignment, Trainer
+from armillary.training.process_group import Rank, join
+from tests.conftest import free_port
+from tests.groups import checkpoint_of, in_group
+from tests.training.sweep import job_of
+
+STEPS = 20
+LAYOUTS = {  # by ranks, of the dense model in fp32; and of experts in bf16
+    1: {"dense": [{}, {"recompute": "selective"}], "experts": [{}]},
+    2: {
+        "dense": [{"data": 2}, {"data": 2, "zero": 3}, {"pipeline": 2, "virtual": 2}],
+        "experts": [{"data": 2}, {"data": 2, "zero": 2}, {"data": 2, "zero": 3}],
+    },
+    4: {
+        "dense": [{"data": 4}, {"data": 4, "zero": 2}, {"data": 2, "pipeline": 2, "engine": "deepspeed"}],
+        "experts": [{"data": 2, "pipeline": 2, "recompute": "full"}],
+    },
+}
+CASES = [
+    (ranks, model, number)
+    for ranks, models in LAYOUTS.items()
+    for model, layouts in models.items()
+    for number in range(len(layouts))
+]
+
+
+def train(rank, tables, out):
+    for ranks, model, number in CASES:
+        if ranks != rank.world_size:
+            continue
+        job = job_of(tables, model, **LAYOUTS[ranks][model][number])
+        # 12 micro-batches: four parts of three
+        training = {"deterministic": True, "global_batch": 12, "precision": "bf16" if model == "experts" else "fp32"}
+        job = job.model_copy(update={"training": job.training.model_copy(update=training)})
+        join(rank, job.parallel)
+        folder = out / f"{ranks}-{model}-{number}"
+        trainer = Trainer(Assignment("test", job, "hash", rank, folder / "staging", None, STEPS))
+        records = [trainer.train_step(False)[0] for _ in range(STEPS)]
+        checkpoint_of(trainer, folder / "staging", folder / "checkpoint")
+        trainer.close()
+        if rank.rank == 0:
+            (folder / "records.json").write_text(json.dumps(records))
+
+
+@pytest.fixture(scope="module")
+def trained(tables, tmp_path_factory):
+    out = tmp_path_factory.mktemp("deterministic")
+    for ranks in LAYOUTS:
+        in_group(ranks, free_port(), train, tables, out)
+    return out
+
+
+@pytest.mark.parametrize("case", CASES[1:], ids=lambda case: f"{case[1]} {LAYOUTS[case[0]][case[1]][case[2]]}")
+def test_every_bit_is_that_of_one_process(trained, case):
+    ranks, model, number = case
+    found, wanted = trained / f"{ranks}-{model}-{number}", trained / f"1-{model}-0"
+    for got, want in zip(*(json.loads((one / "records.json").read_text()) for one in (found, wanted)), strict=True):
+        assert got["grad_norm"] == want["grad_norm"], got["step"]
+    states = [Reader(one / "checkpoint") for one in (found, wanted)]
+    assert set(states[0].keys) == set(states[1].keys)
+    assert not [key for key in states[1].keys if not torch.equal(states[0].whole(key), states[1].whole(key))]
+
+
+def tree(numbers):
+    """Added pairwise until one is left."""
+    while len(numbers) > 1:
+        numbers = [a + b for a, b in zip(numbers[::2], numbers[1::2], strict=True)]
+    return numbers[0]
+
+
+@given(st.integers(0, 4), st.integers(0, 4), st.sampled_from([1, 3, 5]))
+def test_a_rank_adds_up_its_part_of_the_tree(exponent, less, length):
+    ranks = 2 ** max(exponent - less, 0)
+    micro_batches = 2**exponent * length
+    gradients = torch.randn(micro_batches, 5, generator=torch.Generator().manual_seed(0)) * 1e3
+    parts = [sum(part[1:], part[0]) for part in gradients.split(length)]
+    sums = []
+    for own in gradients.chunk(ranks):
+        weight = torch.zeros(5, requires_grad=True)
+        canonical = CanonicalSums([weight], micro_batches, ranks)
+        for gradient in own:
+            (weight * gradient).sum().backward()
+        assert not weight.grad.any()
+        sums.append(canonical.pop(weight))
+    assert torch.equal(tree(sums), tree(parts))
+
+
+def test_parts_that_ranks_cannot_share_are_refused():
+    with pytest.raises(ValueError, match="4 parts"):
+        CanonicalSums([], 12, 8)
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=40), st.randoms())
+def test_the_norm_does_not_depend_on_the_order(numbers, random):
+    join(Rank(), Layout())
+    device = torch.device("cpu")
+    whole = torch.tensor(numbers)
+    random.shuffle(numbers)
+    cut = random.randrange(len(numbers) + 1)
+    found = [exact_norm(parts, device) for parts in ([whole], torch.tensor(numbers).split([cut, len(numbers) - cut]))]
+    assert found[0] == found[1]
+    assert found[0] == pytest.approx(whole.double().norm().item(), rel=1e-6)
+
+
+def test_the_norm_of_what_is_no_number_is_infinite():
+    join(Rank(), Layout())
+    for bad in (float("inf"), float("nan")):
+        for gradients in itertools.permutations([torch.tensor([1.0]), torch.tensor([0.0, bad])]):
+            assert exact_norm(gradients, torch.device("cpu")) == float("inf")

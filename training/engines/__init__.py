@@ -1,0 +1,1 @@
+"""The optimizer's side of training: who sums gradients over ranks, clips them, and updates sharded state."""
