@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 HERE = Path(__file__).parent
-TOP = ("launcher", "model", "kernels", "data_pipeline", "training", "evals")
+TOP = ("launcher", "model", "kernels", "data_pipeline", "training", "planner", "evals")
 
 folders = {"armillary": "armillary"}
 for top in TOP:
@@ -20,4 +20,6 @@ native = Extension(
     py_limited_api=True,
 )
 
-setup(packages=list(folders), package_dir=folders, ext_modules=[native])
+data = {"armillary.planner": ["constants.toml", "hardware/*.toml"]}
+
+setup(packages=list(folders), package_dir=folders, package_data=data, ext_modules=[native])

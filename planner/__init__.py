@@ -1,0 +1,1 @@
+"""Memory and time of a layout on given machines, before anything runs there."""
