@@ -9,6 +9,7 @@ from armillary.planner.software import Constants, Software
 from armillary.planner.stages import Batch, Dims
 
 TILE = 128  # positions of a block of attention: on the diagonal a whole block is computed
+PARTS = 4  # into which a product is cut to communicate beside it: the first part's communication is seen
 KERNELS = 12  # kernels of a layer's forward pass; twice as many of a backward pass
 BACKWARD_ATTENTION = 2.5  # products of the backward kernel over the forward one's (Dao 2023, section 3.1)
 BACKWARD_TRAFFIC = 1.5  # memory traffic of norms and activations, backward over forward
@@ -88,8 +89,8 @@ def layer_time(
     collectives = software.tensor_collectives if not dims.experts else 1  # experts take positions as they lie
     tensor_forward, tensor_back = 2 * collectives * one, 2 * collectives * one
     if software.tensor_overlap:
-        tensor_forward = exposed(tensor_forward, compute, c)
-        tensor_back = exposed(tensor_back, 2 * compute, c)
+        tensor_forward = max(tensor_forward - compute, tensor_forward / PARTS)
+        tensor_back = max(tensor_back - 2 * compute, tensor_back / PARTS)
     elif software.backward_overlap and sequence_parallel:
         # Gathers of output gradients stay in view; inputs are gathered again, and their gradients scattered, beside
         # products (Korthikanti et al. 2022, section 4.2.2).

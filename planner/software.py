@@ -17,7 +17,7 @@ class Constants:
     memory: float  # of the memory's bandwidth, what norms, activations and the optimizer reach
     flash2: float  # of the published rate, what FlashAttention-2 reaches in a step
     flash1: float  # the same of FlashAttention-1
-    link: float  # of a link's bandwidth inside a node, what collectives reach
+    link: float  # of a link's bandwidth inside a node, what collectives reach: not fitted, NCCL's tests on NVLink
     network: float  # the same between nodes
     overlapped: float  # of communication beside computation, what is seen all the same
     jitter: float  # standard deviation of a rank's time over its mean

@@ -8,7 +8,7 @@ from armillary.planner.software import FILE, Constants
 from benchmarks.planner.rows import Row
 from benchmarks.planner.score import planned
 
-FITTED = ("gemm", "traffic", "memory", "flash2", "flash1", "link", "network", "overlapped", "jitter")
+FITTED = ("gemm", "traffic", "memory", "flash2", "flash1", "network", "overlapped", "jitter")
 SMOOTH = 0.02  # relative error below which the loss is quadratic
 
 

@@ -225,9 +225,11 @@ def _nanotron(number: int, one: dict):
     vocab, seq = 131072, 4096
     token = layers * (8 * hidden**2 + 4 * hidden * seq + 6 * hidden * ffn) + 2 * hidden * vocab
     flops = 3 * token * seq * one["gbs"]
+    layer, head = 4 * hidden**2 + 3 * hidden * ffn, hidden * vocab  # by which nanotron shares layers out
     layout = Layout(
-        data=one["dp"], tensor=one["tp"], pipeline=one["pp"], micro_batch=one["mbs"], sequence_parallel=one["tp"] > 1
-    )
+        data=one["dp"], tensor=one["tp"], pipeline=one["pp"], micro_batch=one["mbs"], sequence_parallel=one["tp"] > 1,
+        first_stage_layers=round((layers * layer + head) / 2 / layer) if one["pp"] == 2 else 0,
+    )  # fmt: skip
     software = replace(NANOTRON, shared_optimizer=one["zero"] > 0)
     yield Row(
         one["table"], number, f"{one['params_b']}B x{one['gpus']}",
