@@ -57,8 +57,8 @@ class Software:
     kept_gradient_bytes: int = 4
     state_bytes: int = 12  # of master weight and two moments
     selective: str = "norms"  # what selective recomputation does; "attention" (Korthikanti), "products" (torchtitan)
-    kept_units: float = 0.0  # of more tensors kept for the backward pass, in hidden sizes of a position and layer
-    kept_activations: float = 0.0  # the same in MLP widths
+    kept_activations: float = 0.0  # more tensors kept for the backward pass, in MLP widths of a position and layer
+    kept_gathered: bool = False  # sequence-parallel inputs of products are kept whole, not gathered again
     whole_logits: float = 0.0  # bytes of each logit, if all are held at once; 0: they go through in chunks
     bucket_bytes: float = 3e9  # of gradients and weights on their way, at most
 

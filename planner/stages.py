@@ -44,7 +44,8 @@ class Step(NamedTuple):
 class Stage:
     """One pipeline stage as one GPU sees it. Parameters are counted before ZeRO divides them."""
 
-    index: int
+    index: int  # of the first such stage
+    alike: int  # stages of this kind: those between the first and the last are
     layers: int
     first: bool
     last: bool
@@ -80,7 +81,8 @@ def layer_weights(dims: Dims, tensor: int, expert: int) -> tuple[float, float]:
 
 @cache
 def stages(model: ModelConfig, layout: Layout, software: Software) -> tuple[Stage, ...]:
-    """The stages of the pipeline, in order; ValueError where the layers cannot be shared out."""
+    """The kinds of stages, in order: the first, those between, the last; ValueError where the layers cannot be shared
+    out."""
     return _stages(model, tuple(layout.stage_layers(model.depth)), layout.tensor, layout.expert, software)
 
 
@@ -96,12 +98,14 @@ def _stages(model: ModelConfig, layers: tuple[int, ...], tensor: int, expert: in
         merged = vision.hidden * model.patch_merge**2
         encoder += (merged + model.hidden_size) * model.hidden_size / tensor
     found = []
-    for index, count in enumerate(layers):
-        first, last = index == 0, index == len(layers) - 1
+    end = len(layers) - 1
+    for index in sorted({0, min(1, end), end}):
+        first, last, count = index == 0, index == end, layers[index]
         ends = (table + encoder) * first + model.hidden_size * last
         if last and not (first and model.tied_embeddings):
             ends += table  # with tied embeddings and a pipeline, the last stage has a copy
-        found.append(Stage(index, count, first, last, count * of_layer + ends, count * of_experts))
+        alike = 1 if first or last else end - 1
+        found.append(Stage(index, alike, count, first, last, count * of_layer + ends, count * of_experts))
     return tuple(found)
 
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass
 
 from armillary.model.config import ModelConfig
-from armillary.planner.collective import exposed, gather, groups, send
+from armillary.planner.collective import Group, exposed, gather, groups, send
 from armillary.planner.hardware import Cluster
 from armillary.planner.layer import Pass, layer_time, product, recomputed
 from armillary.planner.software import ARMILLARY, Constants, Software, constants
@@ -50,7 +50,7 @@ def bubble(stage_seconds: list[float], virtual: int) -> float:
 
     For even stages (stages - 1) / virtual micro-batches (Narayanan et al. 2021, sections 2.2.1 and 2.2.2).
     """
-    return (sum(stage_seconds) - max(stage_seconds)) / virtual
+    return (math.fsum(stage_seconds) - max(stage_seconds)) / virtual
 
 
 def step_time(
@@ -65,15 +65,18 @@ def step_time(
     given = batch(step, layout, software.window)
     ways = groups(layout, cluster.node_gpus)
     found, size = stages(model, layout, software), 4 if step.precision == "fp32" else 2
-    passes = [_stage(one, model, layout, step, given, cluster, software, c) for one in found]
+    passes = [_stage(one, model, layout, step, given, ways, cluster, software, c) for one in found]
     split = layout.tensor if layout.sequence_parallel or software.scattered_sends else 1
     hop = size * given.positions * model.hidden_size / split
     hop = 2 * layout.virtual * send(hop, ways["pipeline"], cluster, c)
-    shared = [_shared_weights(one, passes[one.index], layout, size, ways, cluster, software, c) for one in found]
+    shared = [
+        _shared_weights(one, own, layout, size, ways, cluster, software, c)
+        for one, own in zip(found, passes, strict=True)
+    ]
     each = [sum(part.total for part in passes[i]) + hop + shared[i][0] for i in range(len(found))]
     slowest = max(range(len(found)), key=each.__getitem__)
     forward, backward, again = (part.times(given.count) for part in passes[slowest])
-    waiting = bubble(each, layout.virtual)
+    waiting = bubble([each[i] for i, one in enumerate(found) for _ in range(one.alike)], layout.virtual)
     return StepTime(
         compute=forward.compute + backward.compute,
         attention=forward.attention + backward.attention,
@@ -93,11 +96,10 @@ def step_time(
 
 
 def _stage(
-    stage: Stage, model: ModelConfig, layout: Layout, step: Step, given: Batch, cluster: Cluster, software: Software,
-    c: Constants,
+    stage: Stage, model: ModelConfig, layout: Layout, step: Step, given: Batch, ways: dict[str, Group], cluster: Cluster,
+    software: Software, c: Constants,
 ) -> tuple[Pass, Pass, Pass]:  # fmt: skip
     """Seconds of a micro-batch on a stage: forward, backward, and what is computed again."""
-    ways = groups(layout, cluster.node_gpus)
     axes = (ways["tensor"], ways["context"], ways["expert"], layout.sequence_parallel)
     dims = decoder_dims(model, software)
     forward, backward = layer_time(dims, given, cluster, *axes, step.precision, software, c)
@@ -180,5 +182,5 @@ def _loading(model: ModelConfig, given: Batch, cluster: Cluster) -> float:
 
 def _checkpoint(found: tuple[Stage, ...], layout: Layout, cluster: Cluster) -> float:
     """Seconds of one checkpoint: each node writes its share of every parameter's state; training waits for it."""
-    held = sum(one.dense * layout.tensor + one.expert * layout.expert for one in found)
+    held = sum(one.alike * (one.dense * layout.tensor + one.expert * layout.expert) for one in found)
     return held * STATE_BYTES / (cluster.gpus / cluster.node_gpus * STORAGE_BYTES_S)

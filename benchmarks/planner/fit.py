@@ -60,7 +60,9 @@ def fit(rows: list[Row], start: Constants) -> Constants:
 def write(c: Constants) -> None:
     lines = [f"{name} = {value:.4g}" for name, value in asdict(c).items()]
     FILE.write_text(
-        "# Written by `python -m benchmarks.planner --fit`; what each is: planner/software.py.\n" + "\n".join(lines) + "\n"
+        "# Written by `python -m benchmarks.planner --fit`; what each is: planner/software.py.\n"
+        + "\n".join(lines)
+        + "\n"
     )
 
 

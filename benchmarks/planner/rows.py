@@ -42,14 +42,14 @@ MPT = Software(
 # torchtitan, December 2024: FSDP2; without torch.compile each operation of a norm, the rotation and SwiGLU is a kernel.
 TORCHTITAN = Software(
     images=False, norm_traffic=30, activation_traffic=5, rope_traffic=12, logit_bytes=40, data_overlap=True,
-    weight_bytes=4, selective="products", whole_logits=14, kept_units=0.0, kept_activations=0.0, bucket_bytes=0.0,
+    weight_bytes=4, selective="products", whole_logits=14, bucket_bytes=0.0,
 )  # fmt: skip
 TORCHTITAN_COMPILED = replace(TORCHTITAN, norm_traffic=10, activation_traffic=3, rope_traffic=4, logit_bytes=16)
 # nanotron, 2024: a fused RMSNorm, FlashAttention-2, SwiGLU in two kernels; gradients are added up in fp32 and reduced
 # after the backward pass.
 NANOTRON = Software(
     images=False, norm_traffic=10, activation_traffic=5, rope_traffic=8, logit_bytes=30,
-    kept_gradient_bytes=6, kept_units=0.0, kept_activations=1.0, whole_logits=10, bucket_bytes=0.0,
+    kept_gradient_bytes=6, kept_activations=1.0, kept_gathered=True, whole_logits=10, bucket_bytes=0.0,
 )  # fmt: skip
 
 
@@ -141,9 +141,7 @@ def _korthikanti(number: int, one: dict):
 def _one_layer(number: int, one: dict):
     name = one["experiment"]
     recompute = "full" if "full" in name else "selective" if "selective" in name else "none"
-    layout = Layout(
-        tensor=one["tp"], micro_batch=one["mbs"], sequence_parallel="sequence" in name, recompute=recompute
-    )
+    layout = Layout(tensor=one["tp"], micro_batch=one["mbs"], sequence_parallel="sequence" in name, recompute=recompute)
     yield Row(
         one["table"], number, name, text_model(6144, 48, 64, 51200), layout, _step(one["seq"], one["mbs"]),
         cluster(find_gpu("a100-80"), one["tp"]), MEGATRON_2022, one["total_ms"] / 1e3, layer=True,
@@ -177,9 +175,7 @@ def _torchtitan(number: int, one: dict):
         4096, 32, 32, 128256, num_query_groups=8, ffn_hidden_size=14336, tied_embeddings=False, rope_theta=500000
     )
     context = one.get("cp", 1)
-    layout = Layout(
-        data=one["dp"], context=context, zero=3, micro_batch=one["local_batch"], recompute=one["recompute"]
-    )
+    layout = Layout(data=one["dp"], context=context, zero=3, micro_batch=one["local_batch"], recompute=one["recompute"])
     rows = one["dp"] * one["local_batch"]
     seconds = rows * one["seq"] / (one["tps_per_gpu"] * one["gpus"])
     yield Row(
