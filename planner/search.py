@@ -1,0 +1,143 @@
+"""Every layout that is allowed on so many GPUs, ranked by the time of a step."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from armillary.model.config import ModelConfig
+from armillary.planner.hardware import Cluster
+from armillary.planner.memory import memory
+from armillary.planner.stages import Step
+from armillary.planner.time import step_time
+from armillary.training.layout import Layout
+from armillary.training.support import Setting, problems
+
+LEAST_POSITIONS = 256  # of a row on each context-parallel rank
+MOST_ROWS = 64  # of a micro-batch
+RECOMPUTE = ("none", "selective", "full")  # from fast to small
+
+
+class Candidate(NamedTuple):
+    """A layout that is allowed, its memory on the fullest GPU and the time of its step."""
+
+    seconds: float
+    peak_bytes: float
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class Found:
+    """ranked: layouts that fit, the fastest first. smallest: what needs the least memory of all that is allowed, where
+    nothing fits. allowed: how many layouts there are."""
+
+    ranked: list[Candidate]
+    smallest: Candidate | None
+    allowed: int
+
+
+def search(
+    model: ModelConfig, step: Step, cluster: Cluster, deterministic: bool = False, checkpoint_every: int = 0
+) -> Found:
+    """Rank every layout of `families`. Of layouts that differ in recomputation alone, the fastest that fits is kept: it
+    costs time and gives nothing but memory. So it is with offload, beside a layout that needs neither."""
+    ranked, smallest, count = [], None, 0
+    for family in families(model, step, cluster, deterministic):
+        count += len(family)
+        for offload in (False, True):
+            for layout in family:
+                if layout.offload != offload:
+                    continue
+                peak = max(stage.total for stage in memory(model, layout, step))
+                if peak <= cluster.memory_bytes:
+                    seconds = step_time(model, layout, step, cluster, checkpoint_every).total
+                    ranked.append(Candidate(seconds, peak, layout))
+                    break
+                if smallest is None or peak < smallest[0]:
+                    smallest = (peak, layout)
+            if ranked and ranked[-1].layout is layout and layout.recompute == "none":
+                break
+    ranked.sort(key=lambda one: one[:2])
+    if ranked or smallest is None:
+        return Found(ranked, None, count)
+    peak, layout = smallest
+    return Found([], Candidate(step_time(model, layout, step, cluster).total, peak, layout), count)
+
+
+def families(model: ModelConfig, step: Step, cluster: Cluster, deterministic: bool = False) -> Iterator[list[Layout]]:
+    """Every allowed layout of the cluster's GPUs, those that differ in recomputation and offload alone together.
+
+    Tensor-parallel ranks lie in one node. Sequence parallelism is on wherever it is allowed: it moves as many bytes and
+    keeps fewer. Megatron-core's optimizer is asked for where experts need it: its plan is else DeepSpeed's. Stages are
+    even, or the first, the last or both have one layer less. Context-parallel ranks have LEAST_POSITIONS of a row at
+    least, micro-batches MOST_ROWS rows at most.
+    """
+    for axes in _axes(model, step, cluster):
+        for sharing in _sharing(axes, model.num_experts):
+            family = [
+                layout
+                for offload in (False, True)
+                for recompute in RECOMPUTE
+                for layout in [Layout(**axes, **sharing, offload=offload, recompute=recompute)]
+                if not problems(Setting(layout, model, step.seq_length, step.global_batch, deterministic))
+            ]
+            if family:
+                yield family
+
+
+def layouts(model: ModelConfig, step: Step, cluster: Cluster, deterministic: bool = False) -> Iterator[Layout]:
+    """The layouts of `families`, one by one."""
+    for family in families(model, step, cluster, deterministic):
+        yield from family
+
+
+def _axes(model: ModelConfig, step: Step, cluster: Cluster) -> Iterator[dict]:
+    """Sizes of the axes that multiply up to the number of GPUs and divide what they must."""
+    shared = math.gcd(
+        model.num_heads, model.num_query_groups, model.ffn_hidden_size, model.hidden_size, model.vocab_size,
+        model.vision_num_heads, model.vision_ffn_hidden_size,
+    )  # fmt: skip
+    for tensor in divisors(math.gcd(cluster.gpus, cluster.node_gpus, shared)):
+        for pipeline in divisors(cluster.gpus // tensor):
+            if pipeline > model.depth:
+                break
+            for context in divisors(cluster.gpus // tensor // pipeline):
+                if context > 1 and step.seq_length < context * LEAST_POSITIONS:
+                    break
+                data = cluster.gpus // tensor // pipeline // context
+                if step.global_batch % data:
+                    continue
+                for rows in divisors(step.global_batch // data, MOST_ROWS):
+                    sizes = {"data": data, "tensor": tensor, "pipeline": pipeline, "context": context}
+                    parts = 2 * context if context > 1 else 1
+                    sequence = tensor > 1 and rows * step.seq_length % (parts * tensor) == 0
+                    for cut in _cuts(model.depth, pipeline, step.global_batch // data // rows):
+                        yield sizes | cut | {"micro_batch": rows, "sequence_parallel": sequence}
+
+
+def _cuts(depth: int, pipeline: int, count: int) -> Iterator[dict]:
+    """How the layers may be shared out over stages and their parts."""
+    for fewer in ((), ("first",), ("last",), ("first", "last")) if pipeline > 1 else ((),):
+        layers, left = divmod(depth + len(fewer), pipeline)
+        if left or (fewer and layers < 2):
+            continue
+        cut = {f"{end}_stage_layers": layers - 1 for end in fewer}
+        for virtual in divisors(math.gcd(layers, layers - 1) if fewer else layers):
+            if virtual == 1 or (pipeline > 1 and count % pipeline == 0):
+                yield cut | {"virtual": virtual}
+
+
+def _sharing(axes: dict, experts: int) -> Iterator[dict]:
+    """Who shares what among data-parallel ranks: the optimizer's state and more, and experts."""
+    alone = axes["data"] * axes["context"] == 1
+    for zero in (1,) if alone or axes["pipeline"] > 1 else (1, 2, 3):
+        yield {"zero": zero}
+    for expert in divisors(math.gcd(experts, axes["data"] * axes["context"] * axes["tensor"]))[1:] if experts else ():
+        yield {"expert": expert, "engine": "megatron"}
+
+
+def divisors(number: int, most: int = 0) -> list[int]:
+    """Of `number`, from small to large; no larger than `most`, if that is given."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    found = small + [number // n for n in reversed(small) if n * n != number]
+    return [n for n in found if not most or n <= most]
