@@ -1,0 +1,104 @@
+"""How plans are shown to people."""
+
+from rich.console import Console
+from rich.table import Table
+
+from armillary.model.flops import parameters
+from armillary.planner.explain import Explanation
+from armillary.planner.plan import GIB, Plan, described
+from armillary.planner.search import Found
+
+
+def print_plan(console: Console, plan: Plan, tokens: float) -> None:
+    """One plan, whole: what, how fast, memory and time by part, and what a budget of tokens takes."""
+    counted, cluster = parameters(plan.model), plan.cluster
+    active = f" ({counted.active / 1e9:,.3g} B active)" if counted.active < counted.total else ""
+    rows = {
+        "model": f"{counted.total / 1e9:,.3g} B parameters{active}",
+        "machines": f"{cluster.gpus:,} x {cluster.name}, {cluster.node_gpus} a node",
+        "layout": described(plan.layout) or "one rank",
+        "step": f"{_seconds(plan.time.total)} for {plan.tokens:,} positions",
+        "rate": f"{plan.tokens_per_second:,.0f} positions/s, {plan.tflops:,.3g} TFLOP/s a GPU, "
+                f"MFU {plan.mfu:.1%}, HFU {plan.hfu:.1%}",
+        "memory": f"{plan.peak_bytes / GIB:,.1f} of {cluster.memory_bytes / GIB:,.1f} GiB on the fullest GPU"
+                  + ("" if plan.fits else ": it does not fit"),
+    }  # fmt: skip
+    if tokens:
+        budget = plan.budget(tokens)
+        cost = f", {budget.cost:,.0f} dollars" if budget.cost else ""
+        energy = f", {budget.kwh / 1e3:,.1f} MWh" if budget.kwh else ""
+        rows["budget"] = (
+            f"{tokens:,.0f} positions: {_days(budget.days)}, {budget.gpu_hours:,.0f} GPU hours{cost}{energy}"
+        )
+    for name, value in rows.items():
+        console.print(f"{name:>9}  {value}", markup=False, highlight=False, soft_wrap=True)
+    console.print(_memory_table(plan))
+    console.print(_time_table(plan))
+
+
+def print_ranking(console: Console, found: Found, plans: list[Plan]) -> None:
+    """The best layouts, one a line."""
+    table = Table(title=f"{found.allowed:,} layouts are allowed, {len(found.ranked):,} were kept that fit; the fastest:")
+    for heading in ("#", "step", "MFU", "GiB", "layout"):
+        table.add_column(heading, justify="left" if heading == "layout" else "right", overflow="fold")
+    for number, plan in enumerate(plans, 1):
+        table.add_row(
+            str(number), _seconds(plan.time.total), f"{plan.mfu:.1%}", f"{plan.peak_bytes / GIB:,.1f}",
+            described(plan.layout) or "one rank",
+        )  # fmt: skip
+    console.print(table)
+
+
+def print_explanation(console: Console, plan: Plan, said: Explanation) -> None:
+    """What binds, and what would help."""
+    table = Table(title="what binds: a tenth more of it would save, of the step's time")
+    for heading in ("resource", "saves"):
+        table.add_column(heading, justify="right" if heading == "saves" else "left")
+    for binding in said.bindings:
+        table.add_row(binding.resource, f"{binding.saved:.2%}")
+    console.print(table)
+    if not said.changes:
+        best = "faster that fits" if plan.fits else "smaller"
+        console.print(f"of {said.tried} layouts that differ by one step of one key, none is {best}", highlight=False)
+        return
+    table = Table(title=f"what would help, of {said.tried} layouts that differ by one step of one key")
+    for heading in ("change", "step", "GiB", "fits"):
+        table.add_column(heading, justify="left" if heading == "change" else "right", overflow="fold")
+    for change in said.changes[:8]:
+        faster, less = change.seconds / plan.time.total - 1, change.peak_bytes / plan.peak_bytes - 1
+        table.add_row(
+            change.change, f"{_seconds(change.seconds)} ({faster:+.1%})",
+            f"{change.peak_bytes / GIB:,.1f} ({less:+.1%})", "yes" if change.fits else "no",
+        )  # fmt: skip
+    console.print(table)
+
+
+def _memory_table(plan: Plan) -> Table:
+    stages = plan.as_dict()["memory_bytes"]["stages"]
+    table = Table(title="memory of a GPU by part, GiB")
+    table.add_column("part")
+    for stage in stages:
+        table.add_column(f"{stage['kind']} stage" if len(stages) > 1 else "every GPU", justify="right")
+    for part in (key for key in stages[0] if key not in ("stage", "kind")):
+        if any(stage[part] for stage in stages):
+            table.add_row(part, *(f"{stage[part] / GIB:,.2f}" for stage in stages), end_section=part == "fragmentation")
+    return table
+
+
+def _time_table(plan: Plan) -> Table:
+    table = Table(title="time of a step by part")
+    for heading in ("part", "time", "share"):
+        table.add_column(heading, justify="left" if heading == "part" else "right")
+    for part, seconds in plan.time.as_dict().items():
+        if seconds:
+            share = f"{seconds / plan.time.total:.1%}"
+            table.add_row(part, _seconds(seconds), share, end_section=part == "checkpoint")
+    return table
+
+
+def _seconds(value: float) -> str:
+    return f"{value:,.2f} s" if value >= 10 else f"{value * 1e3:,.0f} ms" if value >= 0.1 else f"{value * 1e3:,.2f} ms"
+
+
+def _days(days: float) -> str:
+    return f"{days:,.1f} days" if days >= 1 else f"{days * 24:,.1f} hours" if days >= 1 / 24 else f"{days * 1440:,.1f} min"
