@@ -15,6 +15,7 @@ from armillary.errors import ArmillaryError, JobError
 from armillary.launcher.arguments import Address, AsJson, JobFile, Overrides, RunPath, StopAt, counted
 from armillary.launcher.data_commands import app as data_app
 from armillary.launcher.kernel_commands import app as kernels_app
+from armillary.launcher.plan_commands import plan
 
 app = typer.Typer(
     help="Train large image+text transformers from one job file.",
@@ -28,6 +29,7 @@ app.add_typer(job_app, name="job")
 app.add_typer(data_app, name="data")
 app.add_typer(eval_app, name="eval")
 app.add_typer(kernels_app, name="kernels")
+app.command()(plan)
 
 
 @app.command()

@@ -38,7 +38,9 @@ def print_plan(console: Console, plan: Plan, tokens: float) -> None:
 
 def print_ranking(console: Console, found: Found, plans: list[Plan]) -> None:
     """The best layouts, one a line."""
-    table = Table(title=f"{found.allowed:,} layouts are allowed, {len(found.ranked):,} were kept that fit; the fastest:")
+    table = Table(
+        title=f"{found.allowed:,} layouts are allowed, {len(found.ranked):,} were kept that fit; the fastest:"
+    )
     for heading in ("#", "step", "MFU", "GiB", "layout"):
         table.add_column(heading, justify="left" if heading == "layout" else "right", overflow="fold")
     for number, plan in enumerate(plans, 1):
@@ -101,4 +103,6 @@ def _seconds(value: float) -> str:
 
 
 def _days(days: float) -> str:
-    return f"{days:,.1f} days" if days >= 1 else f"{days * 24:,.1f} hours" if days >= 1 / 24 else f"{days * 1440:,.1f} min"
+    return (
+        f"{days:,.1f} days" if days >= 1 else f"{days * 24:,.1f} hours" if days >= 1 / 24 else f"{days * 1440:,.1f} min"
+    )

@@ -1,9 +1,9 @@
 """Floating-point operations and parameters of the image+text transformer, from its dimensions alone.
 
-A product of matrices [m, k] x [k, n] counts 2 m k n. Norms, activations, softmax and embedding look-ups count nothing. A
-backward pass costs twice the forward one (the gradient of the input and that of the weight). These are the conventions
-of Narayanan et al. 2021 (section 5.1, equation 3), of Chowdhery et al. 2022 (PaLM, appendix B: MFU) and of Korthikanti et
-al. 2022 (appendix A: model and hardware FLOPs), but for causal attention, which counts the half that is computed.
+A product of matrices [m, k] x [k, n] counts 2 m k n. Norms, activations, softmax and embedding look-ups count nothing.
+A backward pass costs twice the forward one (the gradients of the input and of the weight). These are the conventions of
+Narayanan et al. 2021 (section 5.1, equation 3), Chowdhery et al. 2022 (PaLM, appendix B: MFU) and Korthikanti et al.
+2022 (section 6, appendix A: model and hardware FLOPs), but for causal attention: the half that is computed counts.
 """
 
 from dataclasses import dataclass, fields
@@ -74,7 +74,7 @@ def backward(model: ModelConfig, done: Work) -> Flops:
 
 
 def model_flops(model: ModelConfig, done: Work) -> float:
-    """FLOPs that training needs, whatever runs it. MFU is their rate over the peak (Chowdhery et al. 2022, appendix B)."""
+    """FLOPs that training needs, whatever runs it: MFU is their rate over the peak (PaLM, appendix B)."""
     return 3 * forward(model, done).total
 
 

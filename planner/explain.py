@@ -1,4 +1,4 @@
-"""What binds a plan and what would help: by planning it again on slightly better machines, and with one thing changed."""
+"""What binds a plan and what would help: it is planned again on better machines, and with one thing changed."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -70,8 +70,8 @@ def bindings(plan: Plan) -> list[Binding]:
                 changes[name] = value._replace(bytes_s=value.bytes_s * BETTER, latency_s=value.latency_s / BETTER)
             else:
                 changes[name] = value / BETTER if name == "kernel_s" else value * BETTER
-        again = plan_layout(plan.model, plan.layout, plan.step, replace(plan.cluster, **changes))
-        found.append(Binding(resource, 1 - again.time.total / _without_checkpoint(plan)))
+        again = plan_layout(plan.model, plan.layout, plan.step, replace(plan.cluster, **changes), plan.checkpoint_every)
+        found.append(Binding(resource, 1 - again.time.total / plan.time.total))
     return sorted(found, key=lambda one: -one.saved)
 
 
@@ -88,7 +88,7 @@ def neighbours(plan: Plan, deterministic: bool = False) -> Iterator[Change]:
         if other in seen or other.world_size != plan.cluster.gpus or problems(setting):
             continue
         seen.add(other)
-        again = plan_layout(plan.model, other, plan.step, plan.cluster)
+        again = plan_layout(plan.model, other, plan.step, plan.cluster, plan.checkpoint_every)
         was, now = described(layout).split(), described(other).split()
         gone = [key for key in was if key not in now and key.split("=")[0] not in {k.split("=")[0] for k in now}]
         said = [word for word in now if word not in was] + [f"{key.split('=')[0]} as by default" for key in gone]
@@ -123,7 +123,3 @@ def _beside(size: int, whole: int) -> list[int]:
     found = divisors(whole)
     below, above = [n for n in found if n < size], [n for n in found if n > size]
     return below[-1:] + above[:1]
-
-
-def _without_checkpoint(plan: Plan) -> float:
-    return plan.time.total - plan.time.checkpoint

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-MTBF_HOURS = 50_000.0  # of one GPU: 419 interruptions of 16,384 GPUs in 54 days (Grattafiori et al. 2024, section 3.3.4)
+MTBF_HOURS = (
+    50_000.0  # of one GPU: 419 interruptions of 16,384 GPUs in 54 days (Grattafiori et al. 2024, section 3.3.4)
+)
 ENDLESS = 1000
 FAILURES = 2000  # that a simulated run lives through, on average
 

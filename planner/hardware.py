@@ -49,6 +49,7 @@ class Gpu(Table):
     name: str = Field(min_length=1)
     aliases: tuple[str, ...] = ()
     link: str = Field(description="between GPUs of a node, of links.toml")
+    triton: bool = Field(True, description="our Triton kernels run there; else their references do")
     network: str = Field(description="between nodes, of links.toml")
     host: str = Field(description="to the host's memory, of links.toml")
     memory_gib: PositiveFigure
@@ -72,6 +73,7 @@ class Cluster:
     name: str
     gpus: int
     node_gpus: int
+    triton: bool
     memory_bytes: float  # of one GPU
     bf16: float  # dense peak, FLOP/s; so are the next two
     fp32: float
@@ -182,6 +184,7 @@ def cluster(gpu: Gpu, gpus: int, node_gpus: int = 8, interconnect: str = "") -> 
         name=gpu.name,
         gpus=gpus,
         node_gpus=min(gpus, node_gpus),
+        triton=gpu.triton,
         memory_bytes=gpu.memory_gib.value * 2**30,
         bf16=gpu.bf16_tflops.value * 1e12,
         fp32=gpu.fp32_tflops.value * 1e12,

@@ -7,11 +7,12 @@ from armillary.model.config import ModelConfig
 from armillary.model.flops import hardware_flops, model_flops, work
 from armillary.planner.hardware import Cluster
 from armillary.planner.memory import StageMemory, memory
+from armillary.planner.software import ARMILLARY, REFERENCES
 from armillary.planner.stages import Step
 from armillary.planner.time import StepTime, step_time
 from armillary.training.config import TrainJob
 from armillary.training.layout import Layout
-from armillary.training.support import Setting, problems
+from armillary.training.support import problems
 
 GIB = 2**30
 
@@ -37,6 +38,7 @@ class Plan:
     cluster: Cluster
     memory: tuple[StageMemory, ...]
     time: StepTime
+    checkpoint_every: int = 0  # steps; 0: never
 
     @property
     def peak_bytes(self) -> float:
@@ -118,14 +120,13 @@ def step_of(job: TrainJob, document: float = 0.0, images: float = 0.0) -> Step:
     return Step(length, job.training.global_batch, document or float(length), images, job.training.precision)
 
 
-def plan_layout(
-    model: ModelConfig, layout: Layout, step: Step, cluster: Cluster, checkpoint_every: int = 0
-) -> Plan:
+def plan_layout(model: ModelConfig, layout: Layout, step: Step, cluster: Cluster, checkpoint_every: int = 0) -> Plan:
     """The plan of a layout that is allowed (training.support.problems) and has as many ranks as there are GPUs."""
     assert layout.world_size == cluster.gpus
+    software = ARMILLARY if cluster.triton else REFERENCES
     return Plan(
-        model, layout, step, cluster, tuple(memory(model, layout, step)),
-        step_time(model, layout, step, cluster, checkpoint_every),
+        model, layout, step, cluster, tuple(memory(model, layout, step, software)),
+        step_time(model, layout, step, cluster, checkpoint_every, software), checkpoint_every,
     )  # fmt: skip
 
 

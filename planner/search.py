@@ -8,6 +8,7 @@ from typing import NamedTuple
 from armillary.model.config import ModelConfig
 from armillary.planner.hardware import Cluster
 from armillary.planner.memory import memory
+from armillary.planner.software import ARMILLARY, REFERENCES
 from armillary.planner.stages import Step
 from armillary.planner.time import step_time
 from armillary.training.layout import Layout
@@ -42,15 +43,16 @@ def search(
     """Rank every layout of `families`. Of layouts that differ in recomputation alone, the fastest that fits is kept: it
     costs time and gives nothing but memory. So it is with offload, beside a layout that needs neither."""
     ranked, smallest, count = [], None, 0
+    software = ARMILLARY if cluster.triton else REFERENCES
     for family in families(model, step, cluster, deterministic):
         count += len(family)
         for offload in (False, True):
             for layout in family:
                 if layout.offload != offload:
                     continue
-                peak = max(stage.total for stage in memory(model, layout, step))
+                peak = max(stage.total for stage in memory(model, layout, step, software))
                 if peak <= cluster.memory_bytes:
-                    seconds = step_time(model, layout, step, cluster, checkpoint_every).total
+                    seconds = step_time(model, layout, step, cluster, checkpoint_every, software).total
                     ranked.append(Candidate(seconds, peak, layout))
                     break
                 if smallest is None or peak < smallest[0]:
@@ -61,7 +63,7 @@ def search(
     if ranked or smallest is None:
         return Found(ranked, None, count)
     peak, layout = smallest
-    return Found([], Candidate(step_time(model, layout, step, cluster).total, peak, layout), count)
+    return Found([], Candidate(step_time(model, layout, step, cluster, 0, software).total, peak, layout), count)
 
 
 def families(model: ModelConfig, step: Step, cluster: Cluster, deterministic: bool = False) -> Iterator[list[Layout]]:

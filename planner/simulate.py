@@ -60,8 +60,8 @@ def pipeline(
     forward: float, backward: float, stages: int, virtual: int, count: int, send: float = 0.0,
     vary: Variation | None = None, replicas: int = 1, seed: int = 0,
 ) -> np.ndarray:  # fmt: skip
-    """Seconds of a step [replicas]: forward, backward are those of one micro-batch through a whole stage, `send` those of
-    handing it on. Without variation and sending: (count + (stages - 1) / virtual) (forward + backward)."""
+    """Seconds of a step [replicas]: forward and backward are those of one micro-batch through a whole stage, `send`
+    those of handing it on. Without variation and sending: (count + (stages - 1) / virtual) (forward + backward)."""
     vary = vary or Variation()
     random = np.random.default_rng(seed)
     slow = np.where(random.random((stages, replicas)) < vary.stragglers, vary.slowdown, 1.0)
@@ -101,3 +101,10 @@ def _input(done: dict, operation: Operation, stage: int, stages: int, virtual: i
     else:
         source = (stage - 1, part) if stage else (stages - 1, part - 1)
     return done.get((source[0], backward, micro_batch, source[1]))
+
+
+def slowed(stages: int, virtual: int, count: int, vary: Variation, replicas: int, seed: int = 0) -> float:
+    """How much longer a step takes with ranks that vary than without: the slowest of `replicas` decides. A backward
+    pass counts as two forward ones."""
+    even = pipeline(1.0, 2.0, stages, virtual, count)[0]
+    return float(pipeline(1.0, 2.0, stages, virtual, count, 0.0, vary, replicas, seed).max() / even)

@@ -91,13 +91,13 @@ def step_time(
         jitter=c.jitter * math.sqrt(2 * math.log(cluster.gpus)) * (given.count * each[slowest] + waiting),
         optimizer=max(_optimizer(one, layout, cluster, software, c) for one in found),
         loading=_loading(model, given, cluster),
-        checkpoint=_checkpoint(found, layout, cluster) / checkpoint_every if checkpoint_every else 0.0,
+        checkpoint=checkpoint_time(model, layout, cluster, software) / checkpoint_every if checkpoint_every else 0.0,
     )
 
 
 def _stage(
-    stage: Stage, model: ModelConfig, layout: Layout, step: Step, given: Batch, ways: dict[str, Group], cluster: Cluster,
-    software: Software, c: Constants,
+    stage: Stage, model: ModelConfig, layout: Layout, step: Step, given: Batch, ways: dict[str, Group],
+    cluster: Cluster, software: Software, c: Constants,
 ) -> tuple[Pass, Pass, Pass]:  # fmt: skip
     """Seconds of a micro-batch on a stage: forward, backward, and what is computed again."""
     axes = (ways["tensor"], ways["context"], ways["expert"], layout.sequence_parallel)
@@ -180,7 +180,14 @@ def _loading(model: ModelConfig, given: Batch, cluster: Cluster) -> float:
     return given.count * size / cluster.host.bytes_s
 
 
-def _checkpoint(found: tuple[Stage, ...], layout: Layout, cluster: Cluster) -> float:
+def saved_parameters(model: ModelConfig, layout: Layout, software: Software = ARMILLARY) -> float:
+    """Parameters that a checkpoint holds: every tensor once, replicated norms once a tensor-parallel rank."""
+    return sum(
+        one.alike * (one.dense * layout.tensor + one.expert * layout.expert) for one in stages(model, layout, software)
+    )
+
+
+def checkpoint_time(model: ModelConfig, layout: Layout, cluster: Cluster, software: Software = ARMILLARY) -> float:
     """Seconds of one checkpoint: each node writes its share of every parameter's state; training waits for it."""
-    held = sum(one.alike * (one.dense * layout.tensor + one.expert * layout.expert) for one in found)
-    return held * STATE_BYTES / (cluster.gpus / cluster.node_gpus * STORAGE_BYTES_S)
+    nodes = cluster.gpus / cluster.node_gpus
+    return saved_parameters(model, layout, software) * STATE_BYTES / (nodes * STORAGE_BYTES_S)

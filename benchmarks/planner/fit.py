@@ -24,7 +24,7 @@ def halves(rows: list[Row]) -> tuple[list[Row], list[Row]]:
 
 
 def loss(rows: list[Row], c: Constants) -> float:
-    """Mean absolute log error, smooth at 0. A table weighs as the square root of its rows, so that none decides alone."""
+    """Mean absolute log error, smooth at 0. A table weighs as the root of its number of rows: none decides alone."""
     weights = {table: count**-0.5 for table, count in Counter(row.table for row in rows).items()}
     total = sum(weights[row.table] * _error(row, c) for row in rows)
     return total / sum(weights[row.table] for row in rows)

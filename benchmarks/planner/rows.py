@@ -1,4 +1,4 @@
-"""Published rows of performance_tables.json as the planner's own inputs: model, layout, machines, software, and seconds.
+"""Published rows of performance_tables.json as the planner's own inputs: model, layout, machines, software, seconds.
 
 What a table does not print is said here, with where it is from; what differs from this project's software is said in a
 `Software` for each codebase. Nothing here is fitted.
@@ -205,7 +205,8 @@ def _mpt(number: int, one: dict):
     yield Row(
         one["table"], number, f"{one['Model']} {one['GPU']} x{gpus} seq {seq} {one['Precision']}",
         text_model(hidden, layers, heads, 50368), layout, _step(seq, rows),
-        cluster(find_gpu(MPT_GPUS[one["GPU"]]), gpus), software, rows * seq / (float(one["Throughput (T/s/GPU)"]) * gpus),
+        cluster(find_gpu(MPT_GPUS[one["GPU"]]), gpus), software,
+        rows * seq / (float(one["Throughput (T/s/GPU)"]) * gpus),
     )  # fmt: skip
 
 
@@ -215,8 +216,8 @@ NANOTRON_DIMS = {  # hidden, layers, heads, MLP width, tied: found by the printe
 
 
 def _nanotron(number: int, one: dict):
-    """Seconds from the printed MFU: nanotron's own count has whole attention, and 989 TFLOP/s for its peak. Rows of 4,096
-    positions on H100s (the table's note); AWS P5, 3,200 Gb/s for eight GPUs."""
+    """Seconds from the printed MFU: nanotron's own count has whole attention, and 989 TFLOP/s for its peak. Rows of
+    4,096 positions on H100s (the table's note); AWS P5, 3,200 Gb/s for eight GPUs."""
     hidden, layers, heads, ffn, tied = NANOTRON_DIMS[one["params_b"]]
     vocab, seq = 131072, 4096
     token = layers * (8 * hidden**2 + 4 * hidden * seq + 6 * hidden * ffn) + 2 * hidden * vocab
