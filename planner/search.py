@@ -118,15 +118,16 @@ def _axes(model: ModelConfig, step: Step, cluster: Cluster) -> Iterator[dict]:
 
 
 def _cuts(depth: int, pipeline: int, count: int) -> Iterator[dict]:
-    """How the layers may be shared out over stages and their parts."""
-    for fewer in ((), ("first",), ("last",), ("first", "last")) if pipeline > 1 else ((),):
+    """How the layers may be shared out over stages and their parts. Stages that differ by one layer share no divisor, so
+    that they have no parts; of two stages, both cannot have fewer."""
+    ends = [(), ("first",), ("last",), ("first", "last")]
+    for fewer in ends[:1] if pipeline == 1 else ends[:3] if pipeline == 2 else ends:
         layers, left = divmod(depth + len(fewer), pipeline)
         if left or (fewer and layers < 2):
             continue
-        cut = {f"{end}_stage_layers": layers - 1 for end in fewer}
-        for virtual in divisors(math.gcd(layers, layers - 1) if fewer else layers):
+        for virtual in [1] if fewer else divisors(layers):
             if virtual == 1 or (pipeline > 1 and count % pipeline == 0):
-                yield cut | {"virtual": virtual}
+                yield {f"{end}_stage_layers": layers - 1 for end in fewer} | {"virtual": virtual}
 
 
 def _sharing(axes: dict, experts: int) -> Iterator[dict]:

@@ -64,6 +64,6 @@ class Software:
 
 
 ARMILLARY = Software()
-# Where there is no Triton, the references of our kernels run: each operation of a norm, the rotation, SwiGLU and the loss
-# goes through memory by itself.
+# Where there is no Triton, the references of our kernels run: each operation of a norm, the rotation, SwiGLU and the
+# loss goes through memory by itself.
 REFERENCES = replace(ARMILLARY, norm_traffic=30, activation_traffic=5, rope_traffic=12, logit_bytes=40)

@@ -2,11 +2,11 @@
 
 import math
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from armillary.planner.software import FILE, Constants
 from benchmarks.planner.rows import Row
-from benchmarks.planner.score import planned
+from benchmarks.planner.score import planned, planned_gib
 
 FITTED = ("gemm", "traffic", "memory", "flash2", "flash1", "network", "overlapped", "jitter")
 SMOOTH = 0.02  # relative error below which the loss is quadratic
@@ -54,7 +54,18 @@ def fit(rows: list[Row], start: Constants) -> Constants:
             width /= 2
         elif (found := loss(rows, constants(ahead))) < best:
             at, best = ahead, found
-    return constants(at)
+    return replace(constants(at), fragmentation=_fragmentation(rows, start))
+
+
+def _fragmentation(rows: list[Row], start: Constants) -> float:
+    """The share, in whole percents, of least mean error of the memory."""
+    measured = [row for row in rows if row.gib]
+
+    def error(share: float) -> float:
+        c = replace(start, fragmentation=share)
+        return sum(abs(math.log(planned_gib(row, c) / row.gib)) for row in measured)
+
+    return min((percent / 100 for percent in range(11)), key=error)
 
 
 def write(c: Constants) -> None:
