@@ -10,6 +10,9 @@ Overrides = Annotated[list[str], typer.Argument(metavar="[TABLE.KEY=VALUE]...", 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="the run's directory")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON line on standard output")]
 StopAt = Annotated[int, typer.Option(help="stop after this step, with a checkpoint; 0: train to the end", min=0)]
+Force = Annotated[
+    bool, typer.Option("--force", help="start a layout that the planner says does not fit the GPUs' memory")
+]
 Address = Annotated[str, typer.Option(help="Ray cluster to join; sets cluster.address")]
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from armillary import __version__
 from armillary.errors import ArmillaryError, JobError
-from armillary.launcher.arguments import Address, AsJson, JobFile, Overrides, RunPath, StopAt, counted
+from armillary.launcher.arguments import Address, AsJson, Force, JobFile, Overrides, RunPath, StopAt, counted
 from armillary.launcher.data_commands import app as data_app
 from armillary.launcher.kernel_commands import app as kernels_app
 from armillary.launcher.plan_commands import plan
@@ -39,6 +39,7 @@ def train(
     run_dir: Annotated[Path | None, typer.Option(help="directory of the run; default runs/NAME-TIME")] = None,
     stop_at: StopAt = 0,
     address: Address = "",
+    force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a new run on Ray: shards are built if there are none, checkpoints saved as it goes."""
@@ -47,7 +48,7 @@ def train(
     job = load_job(job_file, _with_address(overrides, address))
     from armillary.launcher.train import start
 
-    _finish(start(job, run_dir, stop_at, _console()), as_json)
+    _finish(start(job, run_dir, stop_at, _console(), force), as_json)
 
 
 @app.command()
@@ -56,12 +57,13 @@ def resume(
     overrides: Overrides = (),
     stop_at: StopAt = 0,
     address: Address = "",
+    force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Go on with a run from its latest checkpoint, on any layout: parallel.tensor=1 parallel.pipeline=2."""
     from armillary.launcher.train import resume as go_on
 
-    _finish(go_on(run, _with_address(overrides, address), stop_at, _console()), as_json)
+    _finish(go_on(run, _with_address(overrides, address), stop_at, _console(), force), as_json)
 
 
 @job_app.command()

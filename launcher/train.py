@@ -19,6 +19,7 @@ from armillary.data_pipeline.verify import check_files
 from armillary.errors import ArmillaryError, DataError, JobError
 from armillary.kernels.forced import VARIABLE, forced
 from armillary.launcher.driver import Outcome, drive
+from armillary.launcher.fitting import refuse_what_does_not_fit
 from armillary.launcher.job import Job
 from armillary.launcher.plot import plot_loss
 from armillary.launcher.progress import View
@@ -89,7 +90,7 @@ def check_data(run: Run, job: Job) -> None:
         raise DataError("these are not the shards that the run was trained on", job.data.path, elsewhere)
 
 
-def start(job: Job, run_dir: Path | None, stop_at: int, console: Console) -> Summary:
+def start(job: Job, run_dir: Path | None, stop_at: int, console: Console, force: bool = False) -> Summary:
     """Train a new run; a start that the user can put right leaves no directory behind."""
     forced(os.environ.get(VARIABLE, ""))
     until, job = until_step(job, stop_at, done=0), job.with_absolute_paths()
@@ -97,6 +98,7 @@ def start(job: Job, run_dir: Path | None, stop_at: int, console: Console) -> Sum
         console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
     path = run_dir or Path("runs") / f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     Run.refuse_existing(path)
+    refuse_what_does_not_fit(job, force)
     manifest = ensure_built(job.data, say_built(console))
     check_readable(job)
     run = Run.create(path, job, manifest)
@@ -109,12 +111,13 @@ def start(job: Job, run_dir: Path | None, stop_at: int, console: Console) -> Sum
             raise
 
 
-def resume(path: Path, overrides: list[str], stop_at: int, console: Console) -> Summary:
+def resume(path: Path, overrides: list[str], stop_at: int, console: Console, force: bool = False) -> Summary:
     """Go on with a run from its latest checkpoint, on the layout that the overrides ask for."""
     forced(os.environ.get(VARIABLE, ""))
     run = Run.open(path)
     with run.locked():
         job = resumable_job(run, run.job(overrides).with_absolute_paths())
+        refuse_what_does_not_fit(job, force)
         checkpoint = run.latest()
         until = until_step(job, stop_at, read_manifest(checkpoint).state.step)
         return _train(run, job, until, checkpoint, console)

@@ -118,8 +118,8 @@ def _axes(model: ModelConfig, step: Step, cluster: Cluster) -> Iterator[dict]:
 
 
 def _cuts(depth: int, pipeline: int, count: int) -> Iterator[dict]:
-    """How the layers may be shared out over stages and their parts. Stages that differ by one layer share no divisor, so
-    that they have no parts; of two stages, both cannot have fewer."""
+    """How the layers may be shared out over stages and their parts. Stages that differ by one layer share no divisor,
+    and so have no parts; of two stages, both cannot have fewer."""
     ends = [(), ("first",), ("last",), ("first", "last")]
     for fewer in ends[:1] if pipeline == 1 else ends[:3] if pipeline == 2 else ends:
         layers, left = divmod(depth + len(fewer), pipeline)

@@ -1,1 +1,0 @@
-"""The planner beside published measurements: `make bench-planner`."""
