@@ -9,15 +9,14 @@ from armillary.errors import JobError
 
 
 def print_sizes(console: Console, sizes: list[dict], plot: Path | None) -> None:
-    table = Table(title="long runs: failures, checkpoints and slow ranks")
-    headings = ("GPUs", "a failure every", "save", "best interval", "Young", "Daly", "goodput", "slow ranks", "in all")
-    for heading in headings:
+    table = Table(title="long runs: failures, checkpoints and slow ranks; times in minutes")
+    for heading in ("GPUs", "MTBF", "save", "best interval", "Young", "Daly", "goodput", "slow ranks", "in all"):
         table.add_column(heading, justify="right")
     for size in sizes:
+        seconds = (size["mtbf_hours"] * 3600, *(size[key] for key in ("checkpoint_cost", "interval", "young", "daly")))
         table.add_row(
-            f"{size['gpus']:,}", f"{size['mtbf_hours']:,.1f} h", f"{size['checkpoint_cost']:,.1f} s",
-            *(f"{size[key] / 60:,.1f} min" for key in ("interval", "young", "daly")),
-            f"{size['goodput']:.1%}", f"x {size['slowed']:.3f}", f"{size['total']:.1%}",
+            f"{size['gpus']:,}", *(f"{one / 60:,.3g}" for one in seconds), f"{size['goodput']:.1%}",
+            f"x {size['slowed']:.3f}", f"{size['total']:.1%}",
         )  # fmt: skip
     console.print(table)
     if plot is not None:

@@ -1,6 +1,7 @@
 """`armillary plan`: memory and time of a job's layout, or of every layout, before anything runs."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,7 @@ GPUS = 8  # in a node, as most have
 AXES = ("world_size", "data", "tensor", "pipeline", "virtual", "context", "expert", "first_stage_layers",
         "last_stage_layers", "zero", "offload", "recompute")  # fmt: skip
 PLOTTED = (1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000)
+DETECTION = 30.0  # seconds until a failure is noticed (assumed)
 STRAGGLERS, SLOWDOWN, JITTER = (
     0.005,
     1.1,
@@ -42,12 +44,14 @@ def plan(
         float | None,
         typer.Option(help="positions of a document, on average; default: as in the shards, or a whole row"),
     ] = None,
-    search_all: Annotated[bool, typer.Option("--all", help="rank every layout, whatever [parallel] says")] = False,
+    search_all: Annotated[
+        bool, typer.Option("--all", help="rank every layout, whatever the job's parallel table says")
+    ] = False,
     top: Annotated[int, typer.Option(help="how many of the ranked layouts to show")] = 10,
     explain: Annotated[bool, typer.Option("--explain", help="what binds, and what would help")] = False,
     goodput: Annotated[bool, typer.Option("--goodput", help="long runs of 1,000 to 100,000 GPUs that fail")] = False,
     mtbf_hours: Annotated[float, typer.Option(help="of one GPU, between failures")] = 50_000.0,
-    restart_seconds: Annotated[float, typer.Option(help="from a failure to the next step")] = 600.0,
+    restart_seconds: Annotated[float, typer.Option(help="from when a failure is noticed to the next step")] = 600.0,
     plot: Annotated[Path | None, typer.Option(help="draw goodput over the number of GPUs into this PNG")] = None,
     calibrate: Annotated[bool, typer.Option("--calibrate", help="measure this machine into a hardware file")] = False,
     output: Annotated[Path | None, typer.Option(help="the file that --calibrate writes; default: in the cache")] = None,
@@ -55,9 +59,9 @@ def plan(
 ) -> None:
     """Say what memory and time a job takes on given GPUs, before anything runs.
 
-    A job whose [parallel] gives a layout is planned with it; `data` follows from --gpus if it is not set. Else every
-    layout that is allowed is planned, and those that fit are shown, the fastest first. How good the figures are is in
-    docs/results/planner.md.
+    A job whose parallel table gives a layout is planned with it; its `data` follows from --gpus if it is not set. Else
+    every layout that is allowed is planned, and those that fit are shown, the fastest first. How far such figures are
+    from measured ones is in docs/results/planner.md.
 
     armillary plan job.toml --gpus 1024 --gpu h100 --tokens 2e12
 
@@ -100,7 +104,7 @@ def _answer(job, given, machines, images, document, tokens, top, explain, failin
     from armillary.planner.plan import plan_job, plan_layout, step_of
     from armillary.planner.search import search
 
-    console, found = Console(), None
+    console, found = Console(width=None if sys.stdout.isatty() else 120), None
     if given:
         plans = [plan_job(job, machines, document, images)]
     else:
@@ -212,13 +216,14 @@ def _goodput(plan, mtbf_hours: float, restart_seconds: float, plot: Path | None)
     from armillary.launcher.goodput_view import draw
     from armillary.planner.goodput import over_sizes
     from armillary.planner.simulate import Variation, slowed
-    from armillary.planner.time import STATE_BYTES, STORAGE_BYTES_S, saved_parameters
+    from armillary.planner.time import checkpoint_time
 
     replica = plan.cluster.gpus // plan.layout.data
     replicas = [max(1, round(gpus / replica)) for gpus in PLOTTED]
-    state = saved_parameters(plan.model, plan.layout) * STATE_BYTES
-    rate = STORAGE_BYTES_S / plan.cluster.node_gpus
-    sizes = over_sizes([n * replica for n in replicas], state, rate, mtbf_hours, 0.0, restart_seconds)
+    sizes = over_sizes(
+        {n * replica: checkpoint_time(plan.model, plan.layout, plan.cluster.of(n * replica)) for n in replicas},
+        mtbf_hours, DETECTION, restart_seconds,
+    )  # fmt: skip
     vary = Variation(JITTER, STRAGGLERS, SLOWDOWN)
     count = plan.step.global_batch // plan.layout.data // plan.layout.micro_batch
     found = []

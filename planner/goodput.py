@@ -88,15 +88,13 @@ class Size:
 
 
 def over_sizes(
-    sizes: list[int], state_bytes: float, bytes_s_per_gpu: float, mtbf_hours: float, detection: float, restart: float,
-    seed: int = 0,
-) -> list[Size]:  # fmt: skip
-    """The best interval and its goodput for each number of GPUs: a checkpoint is `state_bytes`, which all write at
-    once; `mtbf_hours` is one GPU's."""
+    costs: dict[int, float], mtbf_hours: float, detection: float, restart: float, seed: int = 0
+) -> list[Size]:
+    """The best interval and its goodput for each number of GPUs: `costs` has the seconds of a checkpoint of each;
+    `mtbf_hours` is one GPU's."""
     found = []
-    for gpus in sizes:
+    for gpus, cost in costs.items():
         failures = Failures(mtbf_hours * 3600 / gpus, detection, restart)
-        cost = state_bytes / (gpus * bytes_s_per_gpu)
         interval, share = best_interval(cost, failures, seed)
         found.append(
             Size(gpus, mtbf_hours / gpus, cost, interval, young(cost, failures.mtbf), daly(cost, failures.mtbf), share)

@@ -15,6 +15,7 @@ ADAM_BYTES = 30  # of a parameter: gradient, master weight and moments read, the
 HOST_ADAM_BYTES_S = 20e9  # a rank's share of the host's memory bandwidth (assumed: 160 GB/s for eight)
 STATE_BYTES = 12  # of a parameter in a checkpoint: weight and two moments, fp32
 STORAGE_BYTES_S = 2e9  # a node writes of a checkpoint (assumed: its share of a parallel file system)
+MOST_STORAGE_BYTES_S = 2e12  # all nodes together: Grattafiori et al. 2024, section 3.3.1
 POSITION_BYTES = 8  # of a batch on its way to the GPU
 
 
@@ -180,14 +181,11 @@ def _loading(model: ModelConfig, given: Batch, cluster: Cluster) -> float:
     return given.count * size / cluster.host.bytes_s
 
 
-def saved_parameters(model: ModelConfig, layout: Layout, software: Software = ARMILLARY) -> float:
-    """Parameters that a checkpoint holds: every tensor once, replicated norms once a tensor-parallel rank."""
-    return sum(
+def checkpoint_time(model: ModelConfig, layout: Layout, cluster: Cluster, software: Software = ARMILLARY) -> float:
+    """Seconds of one checkpoint of the layout's replica, on all of `cluster`: each node writes its share of every
+    parameter's state (norms once a tensor-parallel rank), as fast as all together may; training waits for it."""
+    held = sum(
         one.alike * (one.dense * layout.tensor + one.expert * layout.expert) for one in stages(model, layout, software)
     )
-
-
-def checkpoint_time(model: ModelConfig, layout: Layout, cluster: Cluster, software: Software = ARMILLARY) -> float:
-    """Seconds of one checkpoint: each node writes its share of every parameter's state; training waits for it."""
-    nodes = cluster.gpus / cluster.node_gpus
-    return saved_parameters(model, layout, software) * STATE_BYTES / (nodes * STORAGE_BYTES_S)
+    rate = min(cluster.gpus / cluster.node_gpus * STORAGE_BYTES_S, MOST_STORAGE_BYTES_S)
+    return held * STATE_BYTES / rate
