@@ -15,7 +15,7 @@ def print_sizes(console: Console, sizes: list[dict], plot: Path | None) -> None:
     for size in sizes:
         seconds = (size["mtbf_hours"] * 3600, *(size[key] for key in ("checkpoint_cost", "interval", "young", "daly")))
         table.add_row(
-            f"{size['gpus']:,}", *(f"{one / 60:,.3g}" for one in seconds), f"{size['goodput']:.1%}",
+            f"{size['gpus']:,}", *(f"{one / 60:,.0f}" if one >= 6000 else f"{one / 60:.3g}" for one in seconds), f"{size['goodput']:.1%}",
             f"x {size['slowed']:.3f}", f"{size['total']:.1%}",
         )  # fmt: skip
     console.print(table)
