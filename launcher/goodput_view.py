@@ -14,10 +14,10 @@ def print_sizes(console: Console, sizes: list[dict], plot: Path | None) -> None:
         table.add_column(heading, justify="right")
     for size in sizes:
         seconds = (size["mtbf_hours"] * 3600, *(size[key] for key in ("checkpoint_cost", "interval", "young", "daly")))
+        minutes = [f"{one / 60:,.0f}" if one >= 6000 else f"{one / 60:.3g}" for one in seconds]
         table.add_row(
-            f"{size['gpus']:,}", *(f"{one / 60:,.0f}" if one >= 6000 else f"{one / 60:.3g}" for one in seconds), f"{size['goodput']:.1%}",
-            f"x {size['slowed']:.3f}", f"{size['total']:.1%}",
-        )  # fmt: skip
+            f"{size['gpus']:,}", *minutes, f"{size['goodput']:.1%}", f"x {size['slowed']:.3f}", f"{size['total']:.1%}"
+        )
     console.print(table)
     if plot is not None:
         console.print(f"the picture is in {plot}", highlight=False, markup=False, soft_wrap=True)

@@ -53,6 +53,10 @@ def print_ranking(console: Console, found: Found, plans: list[Plan]) -> None:
 
 def print_explanation(console: Console, plan: Plan, said: Explanation) -> None:
     """What binds, and what would help."""
+    parts = {part: size for part, size in plan.fullest.as_dict().items() if part != "total"}
+    most = sorted(parts, key=parts.__getitem__, reverse=True)[:3]
+    shares = ", ".join(f"{part} {parts[part] / plan.peak_bytes:.0%}" for part in most)
+    console.print(f"memory of the fullest GPU is {shares}", highlight=False)
     table = Table(title="what binds: a tenth more of it would save, of the step's time")
     for heading in ("resource", "saves"):
         table.add_column(heading, justify="right" if heading == "saves" else "left")

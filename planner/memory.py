@@ -67,7 +67,7 @@ def _stage(
     if stage.first:
         held += flying * _images(model, given, layout, element, software)
     logits = _logits(model, given.positions, layout, element, software) if stage.last else 0.0
-    held += element * given.positions * dims.hidden * (flying if stage.first else 1.0)
+    held += element * given.positions * dims.hidden / (layout.tensor if layout.sequence_parallel else 1)  # on its way
     buffers = _buffers(stage, dims, layout, element, kept_gradient, software)
     loose = held + max(working, logits) + buffers
     return StageMemory(

@@ -1,7 +1,7 @@
 """Every layout that is allowed on so many GPUs, ranked by the time of a step."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -42,28 +42,44 @@ def search(
 ) -> Found:
     """Rank every layout of `families`. Of layouts that differ in recomputation alone, the fastest that fits is kept: it
     costs time and gives nothing but memory. So it is with offload, beside a layout that needs neither."""
-    ranked, smallest, count = [], None, 0
     software = ARMILLARY if cluster.triton else REFERENCES
+    ranked, small, count = [], [], 0
+
+    def peak(layout: Layout) -> float:
+        return max(stage.total for stage in memory(model, layout, step, software))
+
+    def candidate(layout: Layout, bytes: float) -> Candidate:
+        return Candidate(step_time(model, layout, step, cluster, checkpoint_every, software).total, bytes, layout)
+
     for family in families(model, step, cluster, deterministic):
         count += len(family)
         for offload in (False, True):
-            for layout in family:
-                if layout.offload != offload:
-                    continue
-                peak = max(stage.total for stage in memory(model, layout, step, software))
-                if peak <= cluster.memory_bytes:
-                    seconds = step_time(model, layout, step, cluster, checkpoint_every, software).total
-                    ranked.append(Candidate(seconds, peak, layout))
+            peaks = ((peak(layout), layout) for layout in family if layout.offload == offload)
+            least, fitting = _first_within(peaks, cluster.memory_bytes)
+            if fitting:
+                ranked.append(candidate(fitting[1], fitting[0]))
+                if fitting[1].recompute == "none":
                     break
-                if smallest is None or peak < smallest[0]:
-                    smallest = (peak, layout)
-            if ranked and ranked[-1].layout is layout and layout.recompute == "none":
-                break
+            elif least:
+                small.append(least)
     ranked.sort(key=lambda one: one[:2])
-    if ranked or smallest is None:
+    if ranked or not small:
         return Found(ranked, None, count)
-    peak, layout = smallest
-    return Found([], Candidate(step_time(model, layout, step, cluster, 0, software).total, peak, layout), count)
+    least = min(small, key=lambda one: one[0])
+    return Found([], candidate(least[1], least[0]), count)
+
+
+Sized = tuple[float, Layout]
+
+
+def _first_within(peaks: Iterable[Sized], capacity: float) -> tuple[Sized | None, Sized | None]:
+    """(the smallest looked at, the first that is no larger than `capacity`); nothing behind that is looked at."""
+    least = None
+    for one in peaks:
+        least = one if least is None or one[0] < least[0] else least
+        if one[0] <= capacity:
+            return least, one
+    return least, None
 
 
 def families(model: ModelConfig, step: Step, cluster: Cluster, deterministic: bool = False) -> Iterator[list[Layout]]:

@@ -45,6 +45,7 @@ def main() -> None:
         "fitted": [*FITTED, "fragmentation"],
         "time": {"fit": by_table(fitting, c), "scored": by_table(scored, c)},
         "memory": {"fit": by_table(fitting, c, gib=True), "scored": by_table(scored, c, gib=True)},
+        "unseen": unseen(rows),
         "rule_of_thumb": rule_of_thumb(fitting, scored),
         "search": search_seconds(),
         "rows": [one_row(row, c, row in scored) for row in rows],
@@ -66,6 +67,16 @@ def by_table(rows: list[Row], c: Constants, gib: bool = False) -> dict[str, dict
         pairs.setdefault(row.table, []).append(pair)
         pairs["all"].append(pair)
     return {table: errors(found) for table, found in pairs.items()}
+
+
+def unseen(rows: list[Row]) -> dict[str, dict]:
+    """Errors of each table's time under constants that were fitted on all other tables."""
+    tables = dict.fromkeys(row.table for row in rows)
+    return {
+        table: by_table([row for row in rows if row.table == table], c)[table]
+        for table in tables
+        for c in [fit([row for row in rows if row.table != table], START)]
+    }
 
 
 def one_row(row: Row, c: Constants, scored: bool) -> dict:

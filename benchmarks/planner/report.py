@@ -36,6 +36,18 @@ def markdown(answer: dict) -> str:
         "",
         "![time of a step, planned and published](planner-time.png)",
         "",
+        "### Tables that were not seen",
+        "",
+        "Each table under constants that were fitted on all others: what to expect of a codebase and a cluster that",
+        "the constants know nothing of.",
+        "",
+        "| table | rows | median | worst | signed median |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {TABLES[table]} | {one['rows']} | {one['median']:.1%} | {one['worst']:.1%} | {one['bias']:+.1%} |"
+            for table, one in answer["unseen"].items()
+        ),
+        "",
         "## Memory",
         "",
         "Of the fullest GPU, as PyTorch's allocator counts (GiB). The share that fragmentation takes is fitted, all",
