@@ -12,9 +12,9 @@ from armillary.planner.search import Found
 def print_plan(console: Console, plan: Plan, tokens: float) -> None:
     """One plan, whole: what, how fast, memory and time by part, and what a budget of tokens takes."""
     counted, cluster = parameters(plan.model), plan.cluster
-    active = f" ({counted.active / 1e9:,.3g} B active)" if counted.active < counted.total else ""
+    active = f" ({_number(counted.active)} active)" if counted.active < counted.total else ""
     rows = {
-        "model": f"{counted.total / 1e9:,.3g} B parameters{active}",
+        "model": f"{_number(counted.total)} parameters{active}",
         "machines": f"{cluster.gpus:,} x {cluster.name}, {cluster.node_gpus} a node",
         "layout": described(plan.layout) or "one rank",
         "step": f"{_seconds(plan.time.total)} for {plan.tokens:,} positions",
@@ -25,10 +25,10 @@ def print_plan(console: Console, plan: Plan, tokens: float) -> None:
     }  # fmt: skip
     if tokens:
         budget = plan.budget(tokens)
-        cost = f", {budget.cost:,.0f} dollars" if budget.cost else ""
-        energy = f", {budget.kwh / 1e3:,.1f} MWh" if budget.kwh else ""
+        cost = f", {_figure(budget.cost)} dollars" if budget.cost else ""
+        energy = f", {_figure(budget.kwh)} kWh" if budget.kwh else ""
         rows["budget"] = (
-            f"{tokens:,.0f} positions: {_days(budget.days)}, {budget.gpu_hours:,.0f} GPU hours{cost}{energy}"
+            f"{tokens:,.0f} positions: {_days(budget.days)}, {_figure(budget.gpu_hours)} GPU hours{cost}{energy}"
         )
     for name, value in rows.items():
         console.print(f"{name:>9}  {value}", markup=False, highlight=False, soft_wrap=True)
@@ -106,7 +106,15 @@ def _seconds(value: float) -> str:
     return f"{value:,.2f} s" if value >= 10 else f"{value * 1e3:,.0f} ms" if value >= 0.1 else f"{value * 1e3:,.2f} ms"
 
 
+def _number(value: int) -> str:
+    return f"{value / 1e9:,.3g} B" if value >= 1e9 else f"{value / 1e6:.3g} M"
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
+
+
 def _days(days: float) -> str:
-    return (
-        f"{days:,.1f} days" if days >= 1 else f"{days * 24:,.1f} hours" if days >= 1 / 24 else f"{days * 1440:,.1f} min"
-    )
+    if days >= 1:
+        return f"{days:,.1f} days"
+    return f"{days * 24:.1f} hours" if days >= 1 / 24 else f"{days * 86400:,.0f} s"

@@ -48,6 +48,27 @@ def product(rows: float, inner: float, columns: float, rate: float, cluster: Clu
     return 2 * rows * inner * columns / (rate * c.gemm) + c.traffic * moved / cluster.memory_bytes_s
 
 
+class Share(NamedTuple):
+    """One GPU's share of a layer: positions of the rows, widths of queries, of keys and of the MLP, and how many rows
+    each of its experts takes (all positions, of the one that a layer without experts has)."""
+
+    positions: float
+    queries: float
+    keys: float
+    ffn: float
+    rows: float
+    experts: float
+
+
+def share_of(dims: Dims, positions: float, tensor: int, expert: int) -> Share:
+    """Experts are whole, and get an even share of the tokens of all ranks that share them."""
+    widths = dims.shard(tensor)
+    if not dims.experts:
+        return Share(positions, *widths, positions, 1.0)
+    own = dims.experts / expert
+    return Share(positions, *widths, positions / tensor * dims.experts_per_token / own, own)
+
+
 @cache
 def layer_time(
     dims: Dims, batch: Batch, cluster: Cluster, tensor: Group, context: Group, expert: Group, sequence_parallel: bool,
@@ -55,55 +76,73 @@ def layer_time(
 ) -> tuple[Pass, Pass]:  # fmt: skip
     """Seconds of (forward, backward) of a layer; `batch` is what this GPU's context-parallel share of it is."""
     size = 4 if precision == "fp32" else 2
+    share = share_of(dims, batch.positions, tensor.ranks, expert.ranks)
+    compute = products_time(dims, share, tensor.ranks, cluster, precision, software, c)
+    attend, attend_back = attention_time(dims, batch, tensor.ranks, cluster, precision, software, c, causal)
+    split = tensor.ranks if sequence_parallel else 1
+    memory, back_memory = memory_time(dims, share, split, size, cluster, software, c)
+    there, back = tensor_time(dims, share, size, compute, tensor, sequence_parallel, cluster, software, c)
+    exchange = gather(2 * size * share.positions * context.ranks * share.keys, context, cluster, c)
+    sent = 0.0
+    if dims.experts:
+        each = size * share.positions / tensor.ranks * dims.experts_per_token * dims.hidden
+        sent = 2 * all_to_all(each, expert, cluster, c)
+    forward = Pass(compute, attend, memory, there, exposed(exchange, attend, c), sent)
+    backward = Pass(2 * compute, attend_back, back_memory, back, exposed(2 * exchange, attend_back, c), sent)
+    return forward, backward
+
+
+def products_time(
+    dims: Dims, share: Share, tensor: int, cluster: Cluster, precision: str, software: Software, c: Constants
+) -> float:
+    """Seconds of a forward pass's products of activations and weights."""
     rate = cluster.matmul("fp8" if software.fp8 else precision)
-    t, positions = tensor.ranks, batch.positions
-    queries, keys, ffn = dims.shard(t)
 
     def multiply(rows: float, inner: float, columns: float) -> float:
         return product(rows, inner, columns, rate, cluster, precision, c)
 
-    wide = (dims.mlp_matrices - 1) * ffn
-    rows, experts = positions, 1.0
-    if dims.experts:  # whole experts, each with its share of the tokens of all ranks that share them
-        experts = dims.experts / expert.ranks
-        rows = positions / t * dims.experts_per_token / experts
-    compute = multiply(positions, dims.hidden, queries + 2 * keys) + multiply(positions, queries, dims.hidden)
-    compute += experts * (multiply(rows, dims.hidden, wide) + multiply(rows, ffn, dims.hidden))
-    compute += multiply(positions / t, dims.hidden, dims.experts)
+    attention = multiply(share.positions, dims.hidden, share.queries + 2 * share.keys)
+    attention += multiply(share.positions, share.queries, dims.hidden)
+    one = multiply(share.rows, dims.hidden, (dims.mlp_matrices - 1) * share.ffn)
+    one += multiply(share.rows, share.ffn, dims.hidden)
+    return attention + share.experts * one + multiply(share.positions / tensor, dims.hidden, dims.experts)
 
-    attend, attend_back = attention_time(dims, batch, t, cluster, precision, software, c, causal)
-    bandwidth = cluster.memory_bytes_s * c.memory
-    split = t if sequence_parallel else 1
-    moved = software.norm_traffic * positions * dims.hidden / split
-    moved += software.activation_traffic * rows * experts * ffn + software.rope_traffic * positions * (queries + keys)
+
+def memory_time(
+    dims: Dims, share: Share, split: int, size: int, cluster: Cluster, software: Software, c: Constants
+) -> tuple[float, float]:
+    """Seconds of what is no product (forward, backward): bytes to and from memory, and starting kernels. split: ranks
+    that share the positions of norms and residuals."""
+    wide = share.rows * share.experts * share.ffn
+    moved = software.norm_traffic * share.positions * dims.hidden / split
+    moved += software.activation_traffic * wide
+    moved += software.rope_traffic * share.positions * (share.queries + share.keys)
     if software.fp8:  # what goes into products is read, and written in half as many bytes, twice (Micikevicius 2022)
-        moved += 3 * (positions * (2 * dims.hidden + queries) + rows * experts * ffn)
+        moved += 3 * (share.positions * (2 * dims.hidden + share.queries) + wide)
     if dims.experts:
-        moved += 4 * rows * experts * dims.hidden  # sorted by expert, and back
-    memory = size * moved / bandwidth + KERNELS * cluster.kernel_s
-    weights = 2 * dims.hidden * (queries + keys) + experts * dims.mlp_matrices * dims.hidden * ffn
-    back_memory = (BACKWARD_TRAFFIC * size * moved + ACCUMULATE_BYTES * weights) / bandwidth
-    back_memory += 2 * KERNELS * cluster.kernel_s
+        moved += 4 * share.rows * share.experts * dims.hidden  # sorted by expert, and back
+    weights = 2 * dims.hidden * (share.queries + share.keys)
+    weights += share.experts * dims.mlp_matrices * dims.hidden * share.ffn
+    bandwidth, starting = cluster.memory_bytes_s * c.memory, KERNELS * cluster.kernel_s
+    forward = size * moved / bandwidth + starting
+    return forward, (BACKWARD_TRAFFIC * size * moved + ACCUMULATE_BYTES * weights) / bandwidth + 2 * starting
 
-    one = gather(size * positions * dims.hidden, tensor, cluster, c)  # half an all-reduce
-    collectives = software.tensor_collectives if not dims.experts else 1  # experts take positions as they lie
-    tensor_forward, tensor_back = 2 * collectives * one, 2 * collectives * one
+
+def tensor_time(
+    dims: Dims, share: Share, size: int, compute: float, tensor: Group, sequence_parallel: bool, cluster: Cluster,
+    software: Software, c: Constants,
+) -> tuple[float, float]:  # fmt: skip
+    """Seconds of tensor-parallel communication that is seen (forward, backward), beside `compute` seconds of a forward
+    pass's products. Experts take positions as they lie."""
+    collectives = 1 if dims.experts else software.tensor_collectives
+    half = collectives * gather(size * share.positions * dims.hidden, tensor, cluster, c)  # of all-reduces
     if software.tensor_overlap:
-        tensor_forward = max(tensor_forward - compute, tensor_forward / PARTS)
-        tensor_back = max(tensor_back - 2 * compute, tensor_back / PARTS)
-    elif software.backward_overlap and sequence_parallel:
+        return max(2 * half - compute, 2 * half / PARTS), max(2 * half - 2 * compute, 2 * half / PARTS)
+    if software.backward_overlap and sequence_parallel:
         # Gathers of output gradients stay in view; inputs are gathered again, and their gradients scattered, beside
         # products (Korthikanti et al. 2022, section 4.2.2).
-        tensor_back = collectives * one + exposed(2 * collectives * one, compute, c)
-    elif software.backward_overlap:
-        tensor_back = exposed(tensor_back, compute, c)
-
-    exchange = gather(2 * size * positions * context.ranks * keys, context, cluster, c)
-    sent = all_to_all(size * positions / t * dims.experts_per_token * dims.hidden, expert, cluster, c)
-    sent *= 2 if dims.experts else 0
-    forward = Pass(compute, attend, memory, tensor_forward, exposed(exchange, attend, c), sent)
-    backward = Pass(2 * compute, attend_back, back_memory, tensor_back, exposed(2 * exchange, attend_back, c), sent)
-    return forward, backward
+        return 2 * half, half + exposed(2 * half, compute, c)
+    return 2 * half, exposed(2 * half, compute, c) if software.backward_overlap else 2 * half
 
 
 def attention_time(

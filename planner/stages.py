@@ -79,7 +79,6 @@ def layer_weights(dims: Dims, tensor: int, expert: int) -> tuple[float, float]:
     return dense + mlp, 0.0
 
 
-@cache
 def stages(model: ModelConfig, layout: Layout, software: Software) -> tuple[Stage, ...]:
     """The kinds of stages, in order: the first, those between, the last; ValueError where the layers cannot be shared
     out."""

@@ -28,8 +28,8 @@ MEGATRON_2021 = Software(
 MEGATRON_2022 = replace(MEGATRON_2021, backward_overlap=True, selective="attention")
 # The baseline of MegaScale: Megatron-LM of 2023, with FlashAttention-2 and the distributed optimizer.
 MEGATRON_2023 = replace(MEGATRON_2022, attention="flash2", shared_optimizer=True)
-# Jiang et al. 2024, sections 3.1 and 3.2: attention and MLP side by side, a sliding window, tensor-parallel
-# communication hidden behind products, data-parallel communication behind passes, fewer kernels for norms and GELU.
+# Jiang et al. 2024, sections 3.1 and 3.2: attention and MLP side by side, a sliding window (half a row: its width is not
+# printed), tensor-parallel communication hidden behind products, data-parallel communication behind passes, fewer kernels for norms and GELU.
 MEGASCALE = replace(
     MEGATRON_2023, norm_traffic=7, tensor_collectives=1, tensor_overlap=True, data_overlap=True, window=1024
 )

@@ -6,7 +6,8 @@ from statistics import median
 import pytest
 
 from armillary.planner.software import constants
-from benchmarks.planner.fit import halves
+from benchmarks.planner.__main__ import START
+from benchmarks.planner.fit import fit, halves
 from benchmarks.planner.rows import FORMULA, read, reference_file
 from benchmarks.planner.score import planned, planned_gib
 
@@ -26,6 +27,12 @@ def test_every_measured_row_is_read_and_the_halves_share_none(rows):
     assert not {row.number for row in fitting} & {row.number for row in scored}
     assert {row.table for row in fitting} == {row.table for row in scored}
     assert not {row.table for row in rows} & set(FORMULA)
+
+
+def test_the_constants_are_what_the_fit_gives(rows):
+    found = fit(halves(rows)[0], START)
+    for name, value in vars(found).items():
+        assert getattr(constants(), name) == pytest.approx(value, rel=1e-3), name
 
 
 def test_time_is_within_the_bounds_that_are_promised(rows):

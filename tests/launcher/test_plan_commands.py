@@ -79,7 +79,7 @@ def test_a_plan_reads_well(plan, job):
     code, out, _ = plan(job, "--gpus", 16, "--gpu", "h200", "--node-gpus", 8, "--interconnect", "roce-400", "--explain")
     assert code == 0
     for word in ("16 x h200, 8 a node", "MFU", "GiB on the fullest GPU", "memory of a GPU by part", "activations",
-                 "time of a step by part", "what binds", "MWh", "dollars"):  # fmt: skip
+                 "time of a step by part", "what binds", "kWh", "dollars"):  # fmt: skip
         assert word in out, word
 
 
