@@ -96,20 +96,22 @@ def activations(dims: Dims, positions: float, layout: Layout, element: int, soft
     """Bytes of one layer and micro-batch on one GPU: (kept until its backward pass, all that the pass needs).
 
     What each operation of model/layers.py keeps, after Korthikanti et al. 2022, section 4.1 (equations 1 to 4): the
-    layer's input and the sum behind attention, both norms' outputs (h each); queries and attention's output, keys and
-    values; SwiGLU's input (two widths) and output. Their h / t terms are divided under sequence parallelism only.
-    Scores are never kept (flash attention).
+    layer's input and the sum behind attention, both norms' outputs (h each); rotated queries and keys, values (a view
+    of the product that made all three), attention's output; SwiGLU's input (two widths) and output; in fp32 a number a
+    row and norm, and one a row and head. The terms in h are divided over t under sequence parallelism only. Scores are
+    never kept (flash attention).
     """
     queries, keys, ffn = dims.shard(layout.tensor)
     split = layout.tensor if layout.sequence_parallel else 1
     rows = positions * dims.experts_per_token / layout.tensor if dims.experts else positions
     inputs = positions * dims.hidden / split
     residuals, norms = 2 * inputs, 2 * (positions * dims.hidden if software.kept_gathered else inputs)
-    attention = positions * (2 * queries + 2 * keys + 2 * dims.heads / layout.tensor)  # with the row sums, of float32
+    attention = positions * (3 * queries + 3 * keys if software.joint_qkv else 2 * queries + 2 * keys)
+    sums = 4 * positions * (2 / split + dims.heads / layout.tensor)
     wide, output = rows * (dims.mlp_matrices - 1) * ffn, rows * ffn
     dispatched = 2 * rows * dims.hidden if dims.experts else 0.0  # each token for each of its experts, in and out
     more = software.kept_activations * output
-    whole = element * (residuals + norms + attention + wide + output + dispatched + more)
+    whole = element * (residuals + norms + attention + wide + output + dispatched + more) + sums
     if layout.recompute == "full":
         return element * inputs, whole
     if layout.recompute == "selective":

@@ -28,8 +28,9 @@ MEGATRON_2021 = Software(
 MEGATRON_2022 = replace(MEGATRON_2021, backward_overlap=True, selective="attention")
 # The baseline of MegaScale: Megatron-LM of 2023, with FlashAttention-2 and the distributed optimizer.
 MEGATRON_2023 = replace(MEGATRON_2022, attention="flash2", shared_optimizer=True)
-# Jiang et al. 2024, sections 3.1 and 3.2: attention and MLP side by side, a sliding window (half a row: its width is not
-# printed), tensor-parallel communication hidden behind products, data-parallel communication behind passes, fewer kernels for norms and GELU.
+# Jiang et al. 2024, sections 3.1 and 3.2: attention and MLP side by side, a sliding window (half a row: its width is
+# not printed), tensor-parallel communication hidden behind products, data-parallel communication behind passes, fewer
+# kernels for norms and GELU.
 MEGASCALE = replace(
     MEGATRON_2023, norm_traffic=7, tensor_collectives=1, tensor_overlap=True, data_overlap=True, window=1024
 )
@@ -42,14 +43,14 @@ MPT = Software(
 # torchtitan, December 2024: FSDP2; without torch.compile each operation of a norm, the rotation and SwiGLU is a kernel.
 TORCHTITAN = Software(
     images=False, norm_traffic=30, activation_traffic=5, rope_traffic=12, logit_bytes=40, data_overlap=True,
-    weight_bytes=4, selective="products", whole_logits=14, bucket_bytes=0.0,
+    weight_bytes=4, selective="products", whole_logits=14, joint_qkv=False, bucket_bytes=0.0,
 )  # fmt: skip
 TORCHTITAN_COMPILED = replace(TORCHTITAN, norm_traffic=10, activation_traffic=3, rope_traffic=4, logit_bytes=16)
 # nanotron, 2024: a fused RMSNorm, FlashAttention-2, SwiGLU in two kernels; gradients are added up in fp32 and reduced
 # after the backward pass.
 NANOTRON = Software(
     images=False, norm_traffic=10, activation_traffic=5, rope_traffic=8, logit_bytes=30,
-    kept_gradient_bytes=6, kept_activations=1.0, kept_gathered=True, whole_logits=10, bucket_bytes=0.0,
+    kept_gradient_bytes=6, kept_activations=1.0, kept_gathered=True, whole_logits=10, joint_qkv=False, bucket_bytes=0.0,
 )  # fmt: skip
 
 

@@ -1,6 +1,10 @@
 """Bytes by part, against published formulas and the schedule itself."""
 
 import itertools
+import os
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -33,10 +37,10 @@ def test_activations_are_those_of_korthikanti():
     """Section 4.1 of Korthikanti et al. 2022 counts 34 s b h bytes a layer without the scores, of which dropout masks
     are 2, and a plain MLP of 4 h. Without masks that is: two norms' inputs and outputs (8), queries, keys, values and
     attention's output (8), the input and output of the MLP's activation (16). Flash attention keeps 4 bytes a row and
-    head."""
+    head, and a norm 4 a row."""
     dims = Dims(4096, 32, 32, 128, 4 * 4096, 0, 1, 2)
-    kept, whole = activations(dims, 1000, layout(), 2, ARMILLARY)
-    assert kept == whole == 1000 * (32 * 4096 + 4 * 32)
+    kept, whole = activations(dims, 1000, layout(), 2, replace(ARMILLARY, joint_qkv=False))
+    assert kept == whole == 1000 * (32 * 4096 + 4 * 32 + 2 * 4)
 
 
 @pytest.mark.parametrize("tensor", TENSOR)
@@ -47,7 +51,7 @@ def test_sequence_parallelism_divides_all_activations(tensor):
     divided, _ = activations(dims, 1000, layout(tensor=tensor), 2, ARMILLARY)
     assert divided == pytest.approx(whole / tensor)
     alone, _ = activations(dims, 1000, layout(tensor=tensor, sequence_parallel=False), 2, ARMILLARY)
-    norms = 4 * 2 * 1000 * 4096
+    norms = 4 * 2 * 1000 * 4096 + 2 * 4 * 1000
     assert alone == pytest.approx((whole - norms) / tensor + norms)
 
 
@@ -108,6 +112,58 @@ def test_micro_batches_in_flight_are_the_schedules(pipeline, virtual, groups):
             assert ours <= most / virtual  # Megatron-core then runs all forward passes first
         else:
             assert ours == most / virtual
+
+
+# In a process of its own: Triton's interpreter, under which the kernels keep what they keep on a GPU, is chosen when
+# Triton is imported.
+SAVED = """
+import torch
+from armillary.model.config import ModelConfig
+from armillary.model.coordinates import initialize
+from armillary.model.multimodal import Inputs, MultimodalModel
+from armillary.planner.memory import activations
+from armillary.planner.software import ARMILLARY
+from armillary.planner.stages import decoder_dims
+from armillary.training.layout import Layout
+from armillary.training.process_group import Rank, join
+
+POSITIONS = 64
+
+def kept(depth):
+    dims = ModelConfig(depth=depth, hidden_size=64, num_heads=4, num_query_groups=2, ffn_hidden_size=128,
+                       vocab_size=256, vision_layers=1, vision_hidden_size=32, vision_num_heads=2, image_size=32)
+    model = MultimodalModel(dims, False, torch.bfloat16)
+    initialize(model, 0)
+    weights, tensors, sizes = {p.untyped_storage().data_ptr() for p in model.parameters()}, [], {}
+
+    def keep(tensor):
+        tensors.append(tensor)
+        if tensor.untyped_storage().data_ptr() not in weights:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    bounds = torch.tensor([0, POSITIONS], dtype=torch.int32)
+    inputs = Inputs(torch.randint(256, (POSITIONS,)), torch.arange(POSITIONS), bounds,
+                    torch.zeros(0, dims.num_patches, dims.patch_dim, dtype=torch.uint8), torch.zeros(0).long())
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.eval()(inputs, logits=False)
+    return sum(sizes.values()), activations(decoder_dims(dims, ARMILLARY), POSITIONS, Layout(), 2, ARMILLARY)[0]
+
+join(Rank(), Layout())
+(fewer, planned), (more, _) = kept(2), kept(3)
+print(more - fewer, planned)
+"""
+
+
+def test_a_layer_keeps_what_is_planned():
+    """Bytes of all storages that the real model's decoder layer holds on to until its backward pass."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SAVED], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    real, planned = map(float, done.stdout.split()[-2:])
+    assert real == planned
 
 
 def test_the_parts_add_up():
