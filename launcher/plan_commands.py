@@ -145,6 +145,7 @@ def _answer(job, given, machines, images, document, tokens, top, explain, failin
 def refuse_none(found, job, machines) -> None:
     """JobError where no layout is allowed, or none fits: with the smallest, and by how much it is too large."""
     from armillary.planner.plan import GIB, described
+    from armillary.planner.search import usable
 
     where = f"{machines.gpus:,} x {machines.name}"
     if found.ranked:
@@ -155,10 +156,10 @@ def refuse_none(found, job, machines) -> None:
             f"training.global_batch = {job.training.global_batch} nor model.depth = {job.model.depth} nor the heads",
             where, "choose another --gpus, or a training.global_batch that it divides",
         )  # fmt: skip
-    short = found.smallest.peak_bytes - machines.memory_bytes
+    room, needed = usable(machines) / GIB, found.smallest.peak_bytes / GIB
     raise JobError(
         f"the job fits in no layout; the smallest of {found.allowed:,} is {described(found.smallest.layout)}: it needs "
-        f"{found.smallest.peak_bytes / GIB:.1f} GiB a GPU, {short / GIB:.1f} GiB more than there are",
+        f"{needed:.1f} GiB a GPU, {needed - room:.1f} GiB more than the {room:.1f} GiB that a plan may take",
         where, "take more GPUs or larger ones, a smaller model, or shorter rows (data.seq_length)",
     )  # fmt: skip
 

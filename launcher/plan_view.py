@@ -39,7 +39,7 @@ def print_plan(console: Console, plan: Plan, tokens: float) -> None:
 def print_ranking(console: Console, found: Found, plans: list[Plan]) -> None:
     """The best layouts, one a line."""
     table = Table(
-        title=f"{found.allowed:,} layouts are allowed, {len(found.ranked):,} were kept that fit; the fastest:"
+        title=f"{found.allowed:,} layouts are allowed, {len(found.ranked):,} were kept that fit with 5 % to spare:"
     )
     for heading in ("#", "step", "MFU", "GiB", "layout"):
         table.add_column(heading, justify="left" if heading == "layout" else "right", overflow="fold")

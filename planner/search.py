@@ -16,6 +16,7 @@ from armillary.training.support import Setting, problems
 
 LEAST_POSITIONS = 256  # of a row on each context-parallel rank
 MOST_ROWS = 64  # of a micro-batch
+MARGIN = 0.05  # of the memory, which a layout that is proposed leaves free: the planner's own error
 RECOMPUTE = ("none", "selective", "full")  # from fast to small
 
 
@@ -29,8 +30,8 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class Found:
-    """ranked: layouts that fit, the fastest first. smallest: what needs the least memory of all that is allowed, where
-    nothing fits. allowed: how many layouts there are."""
+    """ranked: layouts that fit with a margin, the fastest first. smallest: what needs the least memory of all that is
+    allowed, where nothing fits. allowed: how many layouts there are."""
 
     ranked: list[Candidate]
     smallest: Candidate | None
@@ -55,7 +56,7 @@ def search(
         count += len(family)
         for offload in (False, True):
             peaks = ((peak(layout), layout) for layout in family if layout.offload == offload)
-            least, fitting = _first_within(peaks, cluster.memory_bytes)
+            least, fitting = _first_within(peaks, usable(cluster))
             if fitting:
                 ranked.append(candidate(fitting[1], fitting[0]))
                 if fitting[1].recompute == "none":
@@ -67,6 +68,11 @@ def search(
         return Found(ranked, None, count)
     least = min(small, key=lambda one: one[0])
     return Found([], candidate(least[1], least[0]), count)
+
+
+def usable(cluster: Cluster) -> float:
+    """Bytes of a GPU that a layout which is proposed may need."""
+    return (1 - MARGIN) * cluster.memory_bytes
 
 
 Sized = tuple[float, Layout]

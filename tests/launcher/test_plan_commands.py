@@ -119,7 +119,10 @@ BROKEN = '[memory_gib]\nvalue = "much"\n'
         (["--gpus", 16, "model.num_heads=31"], ["hidden_size=4096 is not divisible by num_heads=31"]),
         (["--gpus", 24, "parallel.tensor=3"], ["tensor=3 does not divide"]),
         (["--gpus", 16, "parallel.data=4"], ["of 4 ranks, not of 16", "--all"]),
-        (["--gpus", 1, "--gpu", "a100-40"], ["fits in no layout", "the smallest of", "GiB more than there are"]),
+        (
+            ["--gpus", 1, "--gpu", "a100-40"],
+            ["fits in no layout", "the smallest of", "more than the 38.0 GiB that a plan may take"],
+        ),
         (["--gpus", 4096, "training.global_batch=7"], ["no layout of so many GPUs", "training.global_batch = 7"]),
         (["--gpus", 16, "--gpu", "none.toml"], ["no such hardware file"]),
         (["--gpus", 16, "--gpu", "{broken}"], ["not of the right form", "memory_gib.value", "--calibrate"]),
