@@ -42,7 +42,7 @@ def search(
     model: ModelConfig, step: Step, cluster: Cluster, deterministic: bool = False, checkpoint_every: int = 0
 ) -> Found:
     """Rank every layout of `families`. Of layouts that differ in recomputation alone, the fastest that fits is kept: it
-    costs time and gives nothing but memory. So it is with offload, beside a layout that needs neither."""
+    costs time and gives nothing but memory. So does offload, which is kept where it saves recomputation."""
     software = ARMILLARY if cluster.triton else REFERENCES
     ranked, small, count = [], [], 0
 
@@ -54,14 +54,14 @@ def search(
 
     for family in families(model, step, cluster, deterministic):
         count += len(family)
+        kept = ""  # what is computed again by the layout that was kept without offload
         for offload in (False, True):
             peaks = ((peak(layout), layout) for layout in family if layout.offload == offload)
             least, fitting = _first_within(peaks, usable(cluster))
-            if fitting:
+            if fitting and (not kept or RECOMPUTE.index(fitting[1].recompute) < RECOMPUTE.index(kept)):
                 ranked.append(candidate(fitting[1], fitting[0]))
-                if fitting[1].recompute == "none":
-                    break
-            elif least:
+                kept = fitting[1].recompute
+            elif least and not kept:
                 small.append(least)
     ranked.sort(key=lambda one: one[:2])
     if ranked or not small:
