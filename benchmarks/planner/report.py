@@ -59,8 +59,8 @@ def markdown(answer: dict) -> str:
         "",
         "## The worst rows",
         "",
-        "| row | published | planned | error |",
-        "|---|---|---|---|",
+        "| row | half | error |",
+        "|---|---|---|",
         *_worst(answer["rows"]),
         "",
         "## Search",
@@ -90,13 +90,10 @@ def _table(halves: dict) -> list[str]:
 
 
 def _worst(rows: list[dict]) -> list[str]:
-    def error(row: dict) -> float:
-        return row["planned_seconds"] / row["measured_seconds"] - 1
-
     return [
-        f"| {row['table']} {row['number']}: {row['label']} ({'scored' if row['scored'] else 'fitted'}) | "
-        f"{row['measured_seconds']:.3g} s | {row['planned_seconds']:.3g} s | {error(row):+.0%} |"
-        for row in sorted(rows, key=lambda row: -abs(error(row)))[:8]
+        f"| {row['table']} {row['number']}: {row['label']} | {'scored' if row['scored'] else 'fitted'} | "
+        f"{row['time_error']:+.0%} |"
+        for row in sorted(rows, key=lambda row: -abs(row["time_error"]))[:8]
     ]
 
 
