@@ -5,13 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help install demo test lint long bench-data bench-planner gpu clean
+.PHONY: help install demo test lint long bench-data bench-layouts bench-planner gpu clean
 
 help:
 	@echo "make demo      train a small image+text model, stop, resume on another layout, evaluate (ARGS=--json)"
 	@echo "make test      the linter and every test, about twelve minutes on two cores"
 	@echo "make long      the longer easy-vqa run, about 40 minutes on two cores"
 	@echo "make bench-data  the data pipeline beside its peers, about twenty-five minutes"
+	@echo "make bench-layouts  every layout beside a plain PyTorch model, about eight minutes"
 	@echo "make bench-planner  the planner beside published runs, where their tables are at hand"
 	@echo "make gpu       the kernels beside their peers, on a machine with a GPU"
 	@echo "make lint      ruff"
@@ -48,6 +49,9 @@ $(BENCH)/.ready: benchmarks/constraints.txt pyproject.toml setup.py $(wildcard d
 
 bench-data: $(BENCH)/.ready
 	$(BENCH)/bin/python -m benchmarks.data.run $(ARGS)
+
+bench-layouts: $(READY)
+	$(BIN)/python -m benchmarks.layouts $(ARGS)
 
 bench-planner: $(READY)
 	$(BIN)/python -m benchmarks.planner $(ARGS)

@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 
 from armillary.planner.plan import Plan, described, plan_layout
 from armillary.planner.search import RECOMPUTE, divisors
+from armillary.planner.stages import setting
 from armillary.training.layout import Layout
-from armillary.training.support import Setting, problems
+from armillary.training.support import problems
 
 BETTER = 1.1
 RESOURCES = {
@@ -81,11 +82,11 @@ def neighbours(plan: Plan, deterministic: bool = False) -> Iterator[Change]:
     layout, seen = plan.layout, {plan.layout}
     for changes in _changes(plan):
         try:
-            other = Layout(**layout.model_dump() | {"world_size": 0} | changes)
+            other = Layout(**layout.model_dump() | {"world_size": 0, "engine": ""} | changes)
         except ValueError:  # sizes that do not multiply up to the number of GPUs
             continue
-        setting = Setting(other, plan.model, plan.step.seq_length, plan.step.global_batch, deterministic)
-        if other in seen or other.world_size != plan.cluster.gpus or problems(setting):
+        refused = problems(setting(other, plan.model, plan.step, deterministic))
+        if other in seen or other.world_size != plan.cluster.gpus or refused:
             continue
         seen.add(other)
         again = plan_layout(plan.model, other, plan.step, plan.cluster, plan.checkpoint_every)
@@ -115,7 +116,7 @@ def _changes(plan: Plan) -> Iterator[dict]:
     yield {"sequence_parallel": not layout.sequence_parallel}
     if plan.model.num_experts:
         for other in _beside(layout.expert, plan.model.num_experts):
-            yield {"expert": other, "engine": "megatron" if other > 1 else layout.engine}
+            yield {"expert": other}
 
 
 def _beside(size: int, whole: int) -> list[int]:

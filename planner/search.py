@@ -9,10 +9,10 @@ from armillary.model.config import ModelConfig
 from armillary.planner.hardware import Cluster
 from armillary.planner.memory import memory
 from armillary.planner.software import ARMILLARY, REFERENCES
-from armillary.planner.stages import Step
+from armillary.planner.stages import Step, setting
 from armillary.planner.time import step_time
 from armillary.training.layout import Layout
-from armillary.training.support import Setting, problems
+from armillary.training.support import problems
 
 LEAST_POSITIONS = 256  # of a row on each context-parallel rank
 MOST_ROWS = 64  # of a micro-batch
@@ -92,9 +92,9 @@ def families(model: ModelConfig, step: Step, cluster: Cluster, deterministic: bo
     """Every allowed layout of the cluster's GPUs, those that differ in recomputation and offload alone together.
 
     Tensor-parallel ranks lie in one node. Sequence parallelism is on wherever it is allowed: it moves as many bytes and
-    keeps fewer. Megatron-core's optimizer is asked for where experts need it: its plan is else DeepSpeed's. Stages are
-    even, or the first, the last or both have one layer less. Context-parallel ranks have LEAST_POSITIONS of a row at
-    least, micro-batches MOST_ROWS rows at most.
+    keeps fewer. The engine is the one that a job gets which names none. Stages are even, or the first, the last or both
+    have one layer less. Context-parallel ranks have LEAST_POSITIONS of a row at least, micro-batches MOST_ROWS rows at
+    most.
     """
     for axes in _axes(model, step, cluster):
         for sharing in _sharing(axes, model.num_experts):
@@ -103,7 +103,7 @@ def families(model: ModelConfig, step: Step, cluster: Cluster, deterministic: bo
                 for offload in (False, True)
                 for recompute in RECOMPUTE
                 for layout in [Layout(**axes, **sharing, offload=offload, recompute=recompute)]
-                if not problems(Setting(layout, model, step.seq_length, step.global_batch, deterministic))
+                if not problems(setting(layout, model, step, deterministic))
             ]
             if family:
                 yield family
@@ -158,7 +158,7 @@ def _sharing(axes: dict, experts: int) -> Iterator[dict]:
     for zero in (1,) if alone or axes["pipeline"] > 1 else (1, 2, 3):
         yield {"zero": zero}
     for expert in divisors(math.gcd(experts, axes["data"] * axes["context"] * axes["tensor"]))[1:] if experts else ():
-        yield {"expert": expert, "engine": "megatron"}
+        yield {"expert": expert}
 
 
 def divisors(number: int, most: int = 0) -> list[int]:

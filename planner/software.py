@@ -45,7 +45,8 @@ class Software:
     tensor_collectives: int = 2  # all-reduces of a layer's forward pass; 1: attention and MLP side by side
     tensor_overlap: bool = False  # tensor-parallel communication is hidden behind products
     backward_overlap: bool = True  # that of the gradients of inputs is, behind those of weights
-    data_overlap: bool = False  # gradients are reduced during the backward pass
+    data_overlap: bool = False  # gradients are reduced during the backward pass, weights gathered in the forward pass
+    gradient_overlap: bool = False  # the first of these alone, in Megatron-core's buffers
     gradient_bytes: int = 4  # of what is reduced
     gather_bytes: int = 0  # of a weight that is gathered; 0: as it is computed with
     shared_optimizer: bool = True  # optimizer state is divided over data-parallel ranks
@@ -64,7 +65,7 @@ class Software:
     bucket_bytes: float = 3e9  # of gradients and weights on their way, at most
 
 
-ARMILLARY = Software()
+ARMILLARY = Software(gradient_overlap=True)
 # Where there is no Triton, the references of our kernels run: each operation of a norm, the rotation, SwiGLU and the
 # loss goes through memory by itself.
 REFERENCES = replace(ARMILLARY, norm_traffic=30, activation_traffic=5, rope_traffic=12, logit_bytes=40)

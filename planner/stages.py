@@ -7,6 +7,7 @@ from typing import NamedTuple
 from armillary.model.config import ModelConfig
 from armillary.planner.software import Software
 from armillary.training.layout import Layout
+from armillary.training.support import Setting
 
 
 class Dims(NamedTuple):
@@ -38,6 +39,11 @@ class Step(NamedTuple):
     document: float
     images: float
     precision: str
+
+
+def setting(layout: Layout, model: ModelConfig, step: Step, deterministic: bool = False) -> Setting:
+    """What the rules for layouts look at."""
+    return Setting(layout, model, step.seq_length, step.global_batch, step.precision == "bf16", deterministic)
 
 
 @dataclass(frozen=True)

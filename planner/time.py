@@ -162,6 +162,8 @@ def _shared_weights(stage, passes, layout, size, ways, cluster, software, c) -> 
     after = weights if software.shared_optimizer else gradients  # an all-reduce gathers what it has scattered
     if software.data_overlap:
         return 0.0, exposed(gradients, backward + again, c) + exposed(after, forward, c)
+    if software.gradient_overlap and layout.engine == "megatron":
+        return 0.0, exposed(gradients, backward + again, c) + after
     return 0.0, gradients + after
 
 

@@ -150,7 +150,7 @@ def measured(case: Case) -> dict:
 
 
 def trained(how: str) -> dict:
-    """A training step's figures; `failed`: why there are none, as where Megatron-core or DeepSpeed are missing."""
+    """A training step's figures; `failed`: why there are none, as where Megatron-core is missing."""
     command, environment = [sys.executable, "-m", "benchmarks.gpu.training"], os.environ | {VARIABLE: TRAINED[how]}
     row = {"name": f"training step, {how}", "failed": ""}
     try:

@@ -133,7 +133,7 @@ def kept(depth):
     dims = ModelConfig(depth=depth, hidden_size=64, num_heads=4, num_query_groups=2, ffn_hidden_size=128,
                        vocab_size=256, vision_layers=1, vision_hidden_size=32, vision_num_heads=2, image_size=32)
     model = MultimodalModel(dims, False, torch.bfloat16)
-    initialize(model, 0)
+    initialize([model], 0)
     weights, tensors, sizes = {p.untyped_storage().data_ptr() for p in model.parameters()}, [], {}
 
     def keep(tensor):
@@ -146,7 +146,7 @@ def kept(depth):
     inputs = Inputs(torch.randint(256, (POSITIONS,)), torch.arange(POSITIONS), bounds,
                     torch.zeros(0, dims.num_patches, dims.patch_dim, dtype=torch.uint8), torch.zeros(0).long())
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.eval()(inputs, logits=False)
+        model.eval()(inputs)
     return sum(sizes.values()), activations(decoder_dims(dims, ARMILLARY), POSITIONS, Layout(), 2, ARMILLARY)[0]
 
 join(Rank(), Layout())

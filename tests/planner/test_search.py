@@ -9,9 +9,9 @@ from armillary.launcher.job import resolve
 from armillary.planner.explain import bindings, explain, neighbours
 from armillary.planner.plan import described, fits, plan_job, plan_layout
 from armillary.planner.search import divisors, families, layouts, search, usable
-from armillary.planner.stages import Step
+from armillary.planner.stages import Step, setting
 from armillary.training.layout import Layout
-from armillary.training.support import Setting, problems
+from armillary.training.support import problems
 from tests.planner.jobs import EXPERTS, MODEL, STEP, machines
 
 SMALL = MODEL.model_copy(update={"depth": 6})
@@ -42,9 +42,8 @@ def every_layout(model, step, gpus):
                         data=data, tensor=tensor, pipeline=pipeline, context=context, virtual=virtual,
                         first_stage_layers=first, last_stage_layers=last, micro_batch=rows, zero=zero, expert=expert,
                         offload=offload, recompute=recompute, sequence_parallel=sequence,
-                        engine="megatron" if expert > 1 else "deepspeed",
                     )  # fmt: skip
-                    if not problems(Setting(layout, model, step.seq_length, step.global_batch)):
+                    if not problems(setting(layout, model, step)):
                         made.append(layout)
                 yield from made[:1]
 
@@ -125,7 +124,7 @@ def test_what_would_help_does(gpu, keys):
     said = explain(plan)
     assert said.tried == len(list(neighbours(plan))) > 3
     for change in said.changes:
-        assert not problems(Setting(change.layout, MODEL, STEP.seq_length, STEP.global_batch))
+        assert not problems(setting(change.layout, MODEL, STEP))
         again = plan_layout(MODEL, change.layout, STEP, plan.cluster)
         assert (again.time.total, again.peak_bytes, again.fits) == (change.seconds, change.peak_bytes, change.fits)
         if plan.fits:
