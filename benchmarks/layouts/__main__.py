@@ -21,9 +21,9 @@ from tests.training.sweep import CASES, STEPS, Errors, errors, plain, train_layo
 HEAD = f"""# Layouts
 
 Made by `make bench-layouts`. Each layout trains {STEPS} steps of packed rows of text and images, in fp32 on gloo, and
-is compared with a plain PyTorch model of one process in float64 (`tests/reference.py`). Figures are relative errors: the
-worst of the steps' losses, of the losses by source, of the gradient norms before clipping; and the worst weight tensor
-after the last step. `make test` holds each of them to the limits in `tests/training/test_equality.py`.
+is compared with a plain PyTorch model of one process in float64 (`tests/reference.py`). Figures are relative errors:
+the worst of the steps' losses, of the losses by source, of the gradient norms before clipping; and the worst weight
+tensor after the last step. `make test` holds each of them to the limits in `tests/training/test_equality.py`.
 
 | ranks | model and layout | loss | loss by source | gradient norm | weights |
 |---|---|---|---|---|---|
