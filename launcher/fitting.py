@@ -22,6 +22,16 @@ def refuse_what_does_not_fit(job: Job, force: bool = False) -> None:
     fits(job, machine, document, images)
 
 
+def peak_flops(precision: str) -> float:
+    """Dense FLOP/s of the current GPU in "bf16" or "fp32"; 0 where there is none, or one that the planner does not
+    know."""
+    import torch
+
+    if not torch.cuda.is_available() or (gpu := gpu_of_device(torch.cuda.get_device_name())) is None:
+        return 0.0
+    return cluster(gpu, 1, 1).peak(precision)
+
+
 def this_machine(gpus: int, dev: Path = Path("/dev")) -> Cluster | None:
     """`gpus` GPUs like this machine's, with the memory that they have, or None where the planner does not know them."""
     if not any(any(dev.glob(pattern)) for pattern in DEVICES):

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from armillary.data_pipeline.build import ensure_built
 from armillary.errors import ArmillaryError, JobError
+from armillary.launcher.fitting import peak_flops
 from armillary.launcher.job import Job, load_job
 from armillary.launcher.progress import View
 from armillary.launcher.run import Run
@@ -111,8 +112,9 @@ def train(job_file: Path, run_dir: Path, overrides: list[str]) -> None:
             if rank.rank == 0:
                 opened.write_targets(addresses)
 
+        peak = peak_flops(job.training.precision)
         step = run(
-            Assignment(opened.path.name, job.train_job(), job.hash(), rank, staging, resume, until, generation),
+            Assignment(opened.path.name, job.train_job(), job.hash(), rank, staging, resume, until, generation, peak),
             observer,
             serving,
         )

@@ -46,6 +46,7 @@ class Worker:
     def run(self, assignment: dict) -> Failure | int:
         """Train; the last step done, or how it failed. The traceback of anything unforeseen is in the log."""
         try:
+            from armillary.launcher.fitting import peak_flops
             from armillary.training.config import TrainJob
             from armillary.training.loop import Assignment, run
             from armillary.training.process_group import Rank, join, leave
@@ -54,7 +55,8 @@ class Worker:
             timeout = assignment.pop("start_timeout")
             rank = Rank(**assignment.pop("rank"))
             join(rank, job.parallel, timeout)
-            step = run(Assignment(job=job, rank=rank, **assignment), self, self._serving)
+            peak = peak_flops(job.training.precision)
+            step = run(Assignment(job=job, rank=rank, peak_flops=peak, **assignment), self, self._serving)
             leave()
             return step
         except ArmillaryError as error:

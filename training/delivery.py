@@ -18,7 +18,7 @@ from armillary.training.config import TrainJob
 
 ALIGNMENT = 16  # bytes
 FIELDS = PackedBatch._fields
-HEADER = ("weight", "token_bytes", "block", "row")  # numbers before the fields' sizes
+HEADER = ("weight", "pairs", "images", "token_bytes", "block", "row")  # numbers before the fields' sizes
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,8 @@ class DeviceStep:
     """
 
     weight: float  # of all its labels in the loss
+    pairs: float  # of positions that see each other
+    images: float
     positions: int  # of a micro-batch
     count: int  # of micro-batches
     micro_batches: Iterator[DeviceBatch]
@@ -122,7 +124,7 @@ class Delivery:
             header = torch.empty(len(HEADER) + self._micro_batches * len(FIELDS), dtype=torch.float64)
         else:
             header = parcel.header
-        weight, token_bytes, block, row, *counts = self._sent(header).tolist()
+        weight, pairs, images, token_bytes, block, row, *counts = self._sent(header).tolist()
         shapes = [
             self._shapes(int(token_bytes), [int(count) for count in counts[first : first + len(FIELDS)]])
             for first in range(0, len(counts), len(FIELDS))
@@ -130,7 +132,8 @@ class Delivery:
         positions = self._job.parallel.micro_batch * self._job.data.seq_length
         bodies = [None] * len(shapes) if parcel is None else parcel.bodies
         batches = (self._delivered(*pair) for pair in zip(shapes, bodies, strict=True))
-        return DeviceStep(weight, positions, len(shapes), batches, Cursor(block=int(block), row=int(row)))
+        after = Cursor(block=int(block), row=int(row))
+        return DeviceStep(weight, pairs, images, positions, len(shapes), batches, after)
 
     def close(self) -> None:
         """End the threads."""
@@ -143,7 +146,10 @@ class Delivery:
         weight = sum(
             float(batch.mask_values @ np.diff(batch.mask_bounds).astype(np.float64)) for batch in step.micro_batches
         )
-        header = [weight, step.micro_batches[0].tokens_T.itemsize, step.after.block, step.after.row]
+        pairs = sum(causal_pairs(batch.cu_seqlens) for batch in step.micro_batches)
+        images = sum(len(batch.image_starts_I) for batch in step.micro_batches)
+        token_bytes = step.micro_batches[0].tokens_T.itemsize
+        header = [weight, pairs, images, token_bytes, step.after.block, step.after.row]
         bodies = []
         for batch in step.micro_batches:
             arrays = [getattr(batch, name) for name in FIELDS]
@@ -200,6 +206,11 @@ class _Parcel:
 
     header: torch.Tensor  # float64, which holds whole numbers up to 2^53
     bodies: list[torch.Tensor]  # uint8
+
+
+def causal_pairs(cu_seqlens: np.ndarray) -> float:
+    """Of positions that see each other in documents with these bounds; as model.flops counts them."""
+    return float(np.square(np.diff(cu_seqlens).astype(np.float64)).sum()) / 2
 
 
 def _aligned(size: int) -> int:

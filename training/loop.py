@@ -15,6 +15,7 @@ from armillary.data_pipeline.cursor import Cursor
 from armillary.data_pipeline.mixture import ORDER
 from armillary.errors import CheckpointError, RunError
 from armillary.model.coordinates import initialize, placements
+from armillary.model.flops import model_flops
 from armillary.model.multimodal import MultimodalModel
 from armillary.training.checkpoint.load import Reader
 from armillary.training.checkpoint.manifest import MOMENTS, State
@@ -35,7 +36,7 @@ class Assignment:
     """What one rank is to do: which part of which run, from where, until when.
 
     staging: folder for checkpoints in the making; resume: a committed checkpoint, or None for a new run;
-    until: the step to stop after.
+    until: the step to stop after; peak_flops: dense FLOP/s of this rank's device in the job's precision, 0 if unknown.
     """
 
     run: str
@@ -46,6 +47,7 @@ class Assignment:
     resume: Path | None
     until: int
     generation: int = 0
+    peak_flops: float = 0.0
 
 
 class Observer(Protocol):
@@ -56,7 +58,7 @@ class Observer(Protocol):
 
     def step_done(self, record: dict) -> None:
         """A step's figures: step, time, loss, source_loss (of the sources it has tokens of), grad_norm,
-        learning_rate, tokens, seconds and their parts."""
+        learning_rate, tokens, model_flops (of this step, on all ranks), seconds and their parts."""
 
     def saved(self, staging: Path, state: State) -> None:
         """All ranks wrote a checkpoint into `staging`; commit it."""
@@ -92,6 +94,7 @@ class Trainer:
             "grad_norm": result.grad_norm,
             "learning_rate": rate,
             "tokens": self.tokens,
+            "model_flops": model_flops(self.job.model, result.work),
             "cursor": step.after.model_dump(),
             "time": time.time(),
             "seconds": time.perf_counter() - started,
@@ -189,7 +192,7 @@ def _train(trainer: Trainer, observer: Observer, metrics: Metrics) -> None:
     stop = trainer.step >= until
     while not stop:
         record, stop = trainer.train_step(observer.stop_requested())
-        _count(metrics, record, job.tokens_per_step / job.parallel.world_size)
+        _count(metrics, record, job.tokens_per_step, job.parallel.world_size, trainer.assignment.peak_flops)
         metrics.checkpoint_interval.set((time.time() - started) / (trainer.step - start) * job.checkpoint.every)
         if trainer.first:
             observer.step_done(record)
@@ -225,9 +228,12 @@ def _save(trainer: Trainer, observer: Observer, metrics: Metrics) -> None:
     metrics.checkpoint_time.set(time.time())
 
 
-def _count(metrics: Metrics, record: dict, tokens: float) -> None:
+def _count(metrics: Metrics, record: dict, tokens: int, ranks: int, peak_flops: float) -> None:
     metrics.steps.inc()
-    metrics.tokens.inc(tokens)
+    metrics.tokens.inc(tokens / ranks)
+    metrics.model_flops.inc(record["model_flops"] / ranks)
+    if peak_flops:
+        metrics.mfu.set(record["model_flops"] / ranks / record["seconds"] / peak_flops)
     metrics.loss.set(record["loss"])
     for source, loss in record["source_loss"].items():
         metrics.source_loss(source, loss)

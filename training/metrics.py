@@ -27,6 +27,7 @@ class Metrics:
         self.tokens = self._counter(
             "tokens", "this rank's share of the positions trained on; the sum over ranks is the run's"
         )
+        self.model_flops = self._counter("model_flops", "this rank's share of the FLOPs that the model's steps need")
         self.nonfinite_steps = self._counter("nonfinite_steps", "steps whose loss or gradient norm was not finite")
         self.compute_seconds = self._counter(
             "compute_seconds",
@@ -40,6 +41,7 @@ class Metrics:
         self.loss = self._gauge("loss", "mean cross entropy of the last step's learned tokens, nats")
         self.grad_norm = self._gauge("grad_norm", "global gradient norm of the last step, before clipping")
         self.learning_rate = self._gauge("learning_rate", "learning rate of the last step")
+        self.mfu = self._gauge("mfu", "model FLOPs utilisation of the last step, of the device's dense peak; if known")
         self.checkpoint_time = self._gauge(
             "checkpoint_last_success_timestamp_seconds", "when the last checkpoint was saved (Unix time)"
         )
@@ -50,6 +52,7 @@ class Metrics:
                                     ("run", "rank", "source"), registry=self.registry)  # fmt: skip
         self.checkpoint_time.set(time.time())  # the age of a run's first checkpoint counts from its start
         self.checkpoint_interval.set(math.nan)  # until a step tells how long they take: no alert compares with it
+        self.mfu.set(math.nan)
         self.phase("start")
 
     def phase(self, name: str) -> None:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from armillary.model.flops import Work
 from armillary.model.multimodal import MultimodalModel, Targets
 from armillary.training.delivery import DeviceStep
 from armillary.training.engines.shared import Engine
@@ -20,12 +21,14 @@ class StepResult:
     """loss: mean cross entropy of the global batch's learned tokens (nats); grad_norm: global, before clipping.
 
     source_losses: the same over each source's tokens alone, None where the batch has none of it.
-    stop: some rank asked to end after this step. Seconds are this rank's own.
+    work: what went through the model, on all ranks. stop: some rank asked to end after this step. Seconds are this
+    rank's own.
     """
 
     loss: float
     source_losses: list[float | None]
     grad_norm: float
+    work: Work
     stop: bool
     compute_seconds: float
     reduce_seconds: float
@@ -71,18 +74,21 @@ def train_step(
             sums.append(report(total)[2])
     computed = time.perf_counter()
     grad_norm = engine.step(learning_rate)
-    counts = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
-    agreed = torch.zeros(2 * sources + 1, dtype=torch.float64, device=device)
-    if counts:
-        agreed[:-1] = sum(sums).flatten()
+    first_tensor = parallel_state.get_tensor_model_parallel_rank() == 0
+    agreed = torch.zeros(2 * sources + 4, dtype=torch.float64, device=device)
+    if first_tensor and parallel_state.is_pipeline_last_stage():
+        agreed[:-4] = sum(sums).flatten()
+    if first_tensor and parallel_state.is_pipeline_first_stage() and parallel_state.get_context_parallel_rank() == 0:
+        agreed[-4:-1] = torch.tensor([step.count * step.positions, step.pairs, step.images])
     agreed[-1] = stop
     dist.all_reduce(agreed)
-    *figures, stops = agreed.tolist()
+    *figures, positions, pairs, images, stops = agreed.tolist()
     losses, weights = figures[:sources], figures[sources:]
     return StepResult(
         sum(losses) / (sum(weights) or 1.0),
         [loss / weight if weight else None for loss, weight in zip(losses, weights, strict=True)],
         grad_norm,
+        Work(positions, pairs, images),
         stops > 0,
         computed - started,
         time.perf_counter() - computed,

@@ -52,6 +52,9 @@ FEATURES = {
     "experts": Feature("model.num_experts", "experts", lambda s: s.model.num_experts > 0),
     "capacity": Feature("model.capacity_factor", "capacity", lambda s: s.model.capacity_factor > 0),
     "tied": Feature("model.tied_embeddings", "tied", lambda s: s.model.tied_embeddings),
+    "tied_stages": Feature(
+        "model.tied_embeddings", "tied over stages", lambda s: s.model.tied_embeddings and s.layout.pipeline > 1
+    ),
     "bf16": Feature("training.precision", "bf16", lambda s: s.bf16),
     "deterministic": Feature("training.deterministic", "deterministic", lambda s: s.deterministic),
 }  # fmt: skip
@@ -75,6 +78,8 @@ NEEDS = (
     Rule("uneven", "pipeline", "it divides layers among the stages of a pipeline", "set parallel.pipeline above 1"),
     Rule("expert", "experts", "the model has no experts to share", "set model.num_experts"),
     Rule("capacity", "experts", "it is the room that an expert has", "set model.num_experts"),
+    Rule("tied_stages", "tied", "it is the embedding that two stages have", "set model.tied_embeddings"),
+    Rule("tied_stages", "pipeline", "it is the embedding that two stages have", "set parallel.pipeline above 1"),
     Rule("expert", "megatron", "experts' gradients are reduced over fewer ranks than others", MEGATRON),
 )
 
@@ -101,6 +106,10 @@ REFUSED = (
     Rule(
         "deterministic", "expert", "what an expert is sent in one go changes with the ranks that share it",
         "parallel.expert=1, or training.deterministic=false",
+    ),
+    Rule(
+        "deterministic", "tied_stages", "stages add up their own gradients of the embedding, one process adds both",
+        "model.tied_embeddings=false, or parallel.pipeline=1",
     ),
     Rule(
         "deterministic", "offload", "gradients go to the host in the order in which they come",

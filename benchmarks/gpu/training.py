@@ -16,9 +16,10 @@ from benchmarks.gpu import checkout  # noqa: F401  # isort: skip
 from armillary.data_pipeline.cursor import Cursor
 from armillary.model.config import ModelConfig
 from armillary.model.coordinates import initialize
+from armillary.model.flops import Work, model_flops
 from armillary.model.multimodal import MultimodalModel
 from armillary.training.config import OptimizerConfig
-from armillary.training.delivery import DeviceBatch, DeviceStep
+from armillary.training.delivery import DeviceBatch, DeviceStep, causal_pairs
 from armillary.training.engines.megatron import MegatronEngine
 from armillary.training.layout import Layout
 from armillary.training.process_group import Rank, join, leave
@@ -58,17 +59,18 @@ def _measured(config: ModelConfig, positions: int, images: int, steps: int, devi
     seconds, losses = [], []
     for _ in range(3 + steps):
         begin = time.perf_counter()
-        step = DeviceStep(float(positions), positions, 1, iter([batch]), Cursor())
+        step = DeviceStep(float(positions), 0.0, 0.0, positions, 1, iter([batch]), Cursor())
         result = train_step([model], engine, step, 1, optimizer.learning_rate, device, False)
         seconds.append(time.perf_counter() - begin)  # its figures are on the CPU, so that it is done
         losses.append(result.loss)
     median, gpu = statistics.median(seconds[3:]), device.type == "cuda"
+    done = Work(positions, causal_pairs(batch.cu_seqlens.cpu().numpy()), images)
     return {
         "parameters": sum(one.numel() for one in model.parameters()),
         "positions": positions,
         "seconds": median,
         "positions/s": positions / median,
-        "TFLOP/s": flops(config, model, batch) / median / 1e12,
+        "TFLOP/s": model_flops(config, done) / median / 1e12,
         "peak GiB": torch.cuda.max_memory_allocated() / 2**30 if gpu else None,
         "losses": losses,
     }
@@ -94,18 +96,6 @@ def drawn(config: ModelConfig, positions: int, images: int, device: torch.device
     )
     moved = {name: one.to(device) for name, one in vars(batch).items() if name != "positions"}
     return DeviceBatch(positions, **moved)
-
-
-def flops(config: ModelConfig, model: MultimodalModel, batch: DeviceBatch) -> float:
-    """Of a step's products of matrices, forward and backward: 6 for each weight and row that it meets (the embedding is
-    looked up), and attention's 12 a dimension and pair of positions that see each other."""
-    patches = batch.patches_IND.shape[0] * config.num_patches
-    rows = {"embedding": 0, "vision": patches, "projector": patches // config.patch_merge**2}
-    matrices = ((name.split(".")[0], one.numel()) for name, one in model.named_parameters() if one.ndim > 1)
-    pairs = float((batch.cu_seqlens.diff().double() ** 2).sum()) / 2
-    attended = config.depth * config.hidden_size * pairs
-    attended += config.vision_layers * config.vision_hidden_size * patches * config.num_patches
-    return 6.0 * sum(rows.get(module, batch.positions) * numbers for module, numbers in matrices) + 12.0 * attended
 
 
 if __name__ == "__main__":

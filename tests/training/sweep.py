@@ -12,6 +12,7 @@ from armillary.data_pipeline.cursor import Cursor
 from armillary.data_pipeline.loader import Loader
 from armillary.launcher.job import resolve
 from armillary.model.coordinates import placements
+from armillary.model.flops import Work, model_flops
 from armillary.training import cpu_runtime
 from armillary.training.checkpoint.load import Reader
 from armillary.training.layout import Layout
@@ -155,8 +156,8 @@ def folder_of(out: Path, case: Case) -> Path:
 
 
 def plain(tables, model, micro_batch):
-    """Losses, by source too, and gradient norms of the plain model under plain AdamW, in float64; its final weights and
-    the cursor behind the last step."""
+    """(Losses, gradient norms, losses by source and model FLOPs of each step; the weights after the last one; the cursor
+    behind it) of the plain model under plain AdamW, in float64."""
     job = job_of(tables, model)
     join(Rank(), Layout())
     initial = {place.name: p.detach().double() for p, place in placements(build_model(job, torch.device("cpu")))}
@@ -183,8 +184,14 @@ def plain(tables, model, micro_batch):
         for group in optimizer.param_groups:
             group["lr"] = job.optimizer.rate(step, job.training.steps)
         optimizer.step()
-        records.append((loss.item(), norm.item(), by_source))
+        records.append((loss.item(), norm.item(), by_source, model_flops(job.model, _work(batches))))
     return records, reference.state(), after
+
+
+def _work(batches):
+    """What goes through the model, document by document."""
+    lengths = [int(n) for batch in batches for n in batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]]
+    return Work(sum(lengths), sum(n * n / 2 for n in lengths), sum(len(batch.patches_IND) for batch in batches))
 
 
 @torch.no_grad()
@@ -210,13 +217,14 @@ def errors(out: Path, case: Case, expected) -> Errors:
     assert reader.manifest.state.cursor == after
     assert {key.partition("/")[2] for key in reader.keys} == set(weights)
     by_source = []
-    for record, (_, _, of_sources) in zip(records, wanted, strict=True):
+    for record, (_, _, of_sources, flops) in zip(records, wanted, strict=True):
+        assert record["model_flops"] == flops
         assert set(record["source_loss"]) == set(of_sources)
         by_source += [_relative(record["source_loss"][kind], loss) for kind, loss in of_sources.items()]
     return Errors(
-        max(_relative(record["loss"], loss) for record, (loss, _, _) in zip(records, wanted, strict=True)),
+        max(_relative(record["loss"], loss) for record, (loss, *_) in zip(records, wanted, strict=True)),
         max(by_source),
-        max(_relative(record["grad_norm"], norm) for record, (_, norm, _) in zip(records, wanted, strict=True)),
+        max(_relative(record["grad_norm"], norm) for record, (_, norm, *_) in zip(records, wanted, strict=True)),
         max(((reader.whole(f"weight/{name}") - w).norm() / w.norm()).item() for name, w in weights.items()),
     )
 

@@ -12,6 +12,8 @@ from tests.conftest import free_port
 NAMES = {
     "armillary_train_steps_total",
     "armillary_train_tokens_total",
+    "armillary_train_model_flops_total",
+    "armillary_train_mfu",
     "armillary_train_phase",
     "armillary_train_nonfinite_steps_total",
     "armillary_train_compute_seconds_total",

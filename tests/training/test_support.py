@@ -68,6 +68,7 @@ ASKED = {  # what a job says to have each feature: (layout, model, training), an
     "experts": ({}, {"num_experts": 4}, {}),
     "capacity": ({}, {"num_experts": 4, "capacity_factor": 1.5}, {}),
     "tied": ({}, {"tied_embeddings": True}, {}),
+    "tied_stages": ({"pipeline": 2}, {"tied_embeddings": True}, {}),
     "bf16": ({}, {}, {"bf16": True}),
     "deterministic": ({}, {}, {"deterministic": True}),
 }
