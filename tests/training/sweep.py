@@ -156,8 +156,8 @@ def folder_of(out: Path, case: Case) -> Path:
 
 
 def plain(tables, model, micro_batch):
-    """(Losses, gradient norms, losses by source and model FLOPs of each step; the weights after the last one; the cursor
-    behind it) of the plain model under plain AdamW, in float64."""
+    """(Losses, gradient norms, losses by source and model FLOPs of each step; the weights after the last one; the
+    cursor behind it) of the plain model under plain AdamW, in float64."""
     job = job_of(tables, model)
     join(Rank(), Layout())
     initial = {place.name: p.detach().double() for p, place in placements(build_model(job, torch.device("cpu")))}
