@@ -40,9 +40,10 @@ class Packing:
         self.cu_seqlens = cu_seqlens
         self.positions = positions
         self.queries = positions if queries is None else queries
+        require(0 < self.queries <= positions, "attention", "queries", f"from 1 to {positions}, not {queries}")
         self.blocks, self.groups = functools.cache(self._blocks), functools.cache(self._groups)
 
-    def _blocks(self, size: int, queries: bool) -> torch.Tensor:
+    def _blocks(self, size: int, queries: bool = True) -> torch.Tensor:
         """Blocks of `size` positions (of those with `queries`), those that begin latest first, since causal ones have
         the most to do: int32 [blocks, 3], document's start, its length, block's first position in it. Unused ones have
         a length of 0."""
@@ -134,11 +135,11 @@ def _check(q, k, v, packing, causal, window):
     require(q.shape[2] <= WIDEST, name, "q", f"of heads of {WIDEST} dimensions or fewer, not {q.shape[2]}")
     require(k.dim() == 3 and k.shape[1] > 0, name, "k", f"[T, groups, d], not {list(k.shape)}")
     require(q.shape[1] % k.shape[1] == 0, name, "k", f"of groups that divide the {q.shape[1]} heads, not {k.shape[1]}")
-    require_like(name, "k", k, (packing.positions, k.shape[1], q.shape[2]), q)
+    positions = q.shape[0] + packing.positions - packing.queries
+    require_like(name, "k", k, (positions, k.shape[1], q.shape[2]), q)
     require_like(name, "v", v, tuple(k.shape), q)
     require(k.dtype == v.dtype == q.dtype, name, "k and v", f"of {q.dtype}, as q")
-    require(packing.queries == q.shape[0], name, "q", f"of {packing.queries} positions, not {q.shape[0]}")
-    require(packing.queries <= packing.positions, name, "q", f"of {packing.positions} positions at most")
+    require(packing.positions == positions, name, "cu_seqlens", f"up to {positions}, not {packing.positions}")
     require(packing.cu_seqlens.device == q.device, name, "cu_seqlens", f"on {q.device}")
     require(window >= 0 and (causal or not window), name, "window", "0, or above 0 and causal")
 

@@ -150,8 +150,8 @@ def stepped(weights, gradients, moments, step=1):
 Q, K = torch.zeros(T, HEADS, D), torch.zeros(T, GROUPS, D)
 CACHE = torch.zeros(T, 5, GROUPS, D)
 REFUSED = {
-    "attention: q must be [T, heads, d]": lambda: attention(Q[0], K, K, packing(7)),
-    "attention: q must be .* T above 0": lambda: attention(Q[:0], K[:0], K[:0], packing(7)),
+    "attention: q must be [Q, heads, d]": lambda: attention(Q[0], K, K, packing(7)),
+    "attention: q must be .* Q above 0": lambda: attention(Q[:0], K[:0], K[:0], packing(7)),
     "attention: q must be of floating-point": lambda: attention(Q.int(), K, K, packing(7)),
     "attention: q must be of heads of 256 dimensions or fewer": lambda: attention(
         *[torch.zeros(T, 1, 320)] * 3, packing(7)
@@ -200,5 +200,5 @@ REFUSED = {
 
 @pytest.mark.parametrize("message", REFUSED)
 def test_wrong_arguments_are_named(message):
-    with pytest.raises(ValueError, match=message.replace("[T, heads, d]", r"\[T, heads, d\]")):
+    with pytest.raises(ValueError, match=message.replace("[Q, heads, d]", r"\[Q, heads, d\]")):
         REFUSED[message]()
