@@ -1,5 +1,8 @@
 """FLOPs and parameters, against the real model, PyTorch's own counter, and published figures."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -42,10 +45,14 @@ def test_flops_are_those_that_pytorch_counts(model):
     dims, weights = model
     reference = Reference(dims, weights)
     length, images = 40, 3
-    pictures = torch.randint(256, (images, dims.num_patches, dims.patch_dim))
-    tokens = torch.randint(dims.vocab_size, (length,))
+    row = SimpleNamespace(
+        tokens_T=np.random.default_rng(0).integers(0, dims.vocab_size, length),
+        cu_seqlens=np.array([0, length]),
+        patches_IND=np.zeros((images, dims.num_patches, dims.patch_dim), np.uint8),
+        image_starts_I=[0, 10, 20],
+    )
     with FlopCounterMode(display=False) as counter:
-        logits = reference.document(tokens, pictures, [0, 10, 20])
+        logits, _ = reference.batch(row)
     done = work(length, length, images)
     ours = forward(dims, done)
     assert counter.get_total_flops() == ours.total + ours.attention

@@ -162,14 +162,14 @@ def test_what_does_not_tile_every_tensor_is_not_committed(runs, tmp_path, fault)
     staging = tmp_path / "staging"
     staging.mkdir()
     chunks = [chunk.model_dump(mode="json") for chunk in manifest.chunks]
-    gate, up = [chunk for chunk in chunks if chunk["key"] == "weight/decoder.layers.0.mlp.linear_fc1.weight"]
+    gate, up = [chunk for chunk in chunks if chunk["key"] == "weight/vision.encoder.layers.0.mlp.linear_fc1.weight"]
     match fault:
         case "hole":
             up["shape"] = [up["shape"][0] - 1, *up["shape"][1:]]
         case "overlap":
             up["start"] = gate["start"]
         case "no moment":
-            chunks = [chunk for chunk in chunks if chunk["key"] != "exp_avg/output.weight"]
+            chunks = [chunk for chunk in chunks if chunk["key"] != "exp_avg/embedding.weight"]
     (staging / "rank-00000.json").write_text(json.dumps(chunks))
     with pytest.raises(CheckpointError, match="there is only" if fault == "no moment" else "do not tile"):
         commit(staging, tmp_path / "target", manifest.state, ranks=1)
@@ -219,5 +219,5 @@ def test_bf16_keeps_fp32_masters_through_a_checkpoint(tables, tmp_path):
     assert [r["loss"] for r in parts] == [r["loss"] for r in whole]
     assert [r["loss"] for r in whole] != [r["loss"] for r in exact]
     assert whole[-1]["loss"] == pytest.approx(exact[-1]["loss"], rel=0.02)
-    weight = Reader(tmp_path / "at-4").whole("weight/output.weight")
+    weight = Reader(tmp_path / "at-4").whole("weight/embedding.weight")
     assert not torch.equal(weight, weight.bfloat16().float()), "the master weights are finer than bf16"
