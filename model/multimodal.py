@@ -110,7 +110,8 @@ class MultimodalModel(MegatronModule):
             pipeline_model_parallel_size=pipeline,
             virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
             num_layers_in_first_pipeline_stage=stage_layers[0] if uneven else None,
-            num_layers_in_last_pipeline_stage=stage_layers[-1] if uneven else None,
+            # Of two stages the last one has what the first leaves; Megatron-core divides by those between.
+            num_layers_in_last_pipeline_stage=stage_layers[-1] if uneven and pipeline > 2 else None,
             context_parallel_size=parallel_state.get_context_parallel_world_size(),
             sequence_parallel=sequence_parallel,
             # Of two stages, batched sends and receives are mixed up where they have virtual ones.
@@ -214,13 +215,20 @@ class MultimodalModel(MegatronModule):
         """Token embeddings with the images' features in their places: [T, 1, hidden], scattered over tensor
         ranks under sequence parallelism."""
         hidden_TH = self.embedding(self.own(inputs.tokens_T))
-        offsets = torch.arange(self.model.image_positions, device=hidden_TH.device)
-        own_IP, places_IP = own_places(inputs.image_starts_I[:, None] + offsets, len(inputs.tokens_T), *_context())
-        seen_I = own_IP.any(1)
-        if seen_I.any():
-            patches_IND = inputs.patches_IND[seen_I]
+        patches_IND, starts_I, ranks = inputs.patches_IND, inputs.image_starts_I, _context()[0]
+        places_IP = starts_I[:, None] + torch.arange(self.model.image_positions, device=hidden_TH.device)
+        own_IP = None
+        if ranks > 1:  # images of which this rank has no position are not encoded
+            own_IP, places_IP = own_places(places_IP, len(inputs.tokens_T), *_context())
+            seen_I = own_IP.any(1)
+            patches_IND, own_IP, places_IP = patches_IND[seen_I], own_IP[seen_I], places_IP[seen_I]
+        if len(patches_IND):
             features_IPH = self.projector(self.vision(self.normalise(patches_IND)))
-            hidden_TH = hidden_TH.index_copy(0, places_IP[own_IP], features_IPH[own_IP[seen_I]])
+            if own_IP is None:
+                places, features = places_IP.flatten(), features_IPH.flatten(0, 1)
+            else:
+                places, features = places_IP[own_IP], features_IPH[own_IP]
+            hidden_TH = hidden_TH.index_copy(0, places, features)
         elif self.training:
             # Every weight gets a gradient, if of zeros, on every rank: data-parallel reductions must match.
             blank = hidden_TH.new_zeros(1, self.model.num_patches, self.model.patch_dim)

@@ -118,8 +118,8 @@ def layouts(model: ModelConfig, step: Step, cluster: Cluster, deterministic: boo
 def _axes(model: ModelConfig, step: Step, cluster: Cluster) -> Iterator[dict]:
     """Sizes of the axes that multiply up to the number of GPUs and divide what they must."""
     shared = math.gcd(
-        model.num_heads, model.num_query_groups, model.ffn_hidden_size, model.hidden_size, model.vocab_size,
-        model.vision_num_heads, model.vision_ffn_hidden_size,
+        model.num_heads, model.num_query_groups, model.hidden_size, model.vocab_size, model.vision_num_heads,
+        model.vision_ffn_hidden_size, 0 if model.num_experts else model.ffn_hidden_size,
     )  # fmt: skip
     for tensor in divisors(math.gcd(cluster.gpus, cluster.node_gpus, shared)):
         for pipeline in divisors(cluster.gpus // tensor):

@@ -175,12 +175,17 @@ def _sizes(setting: Setting):
     shared = {
         "model.num_heads": model.num_heads,
         "model.num_query_groups": model.num_query_groups,
-        "model.ffn_hidden_size": model.ffn_hidden_size,
         "model.hidden_size": model.hidden_size,
         "model.vocab_size": model.vocab_size,
         "model.vision_num_heads": model.vision_num_heads,
         "model.vision_ffn_hidden_size": model.vision_ffn_hidden_size,
     }
+    if not model.num_experts:  # experts are whole
+        shared["model.ffn_hidden_size"] = model.ffn_hidden_size
+    step = 8 if setting.bf16 else 4  # rows of 16 bytes
+    widths = {"model.hidden_size": model.hidden_size, "model.ffn_hidden_size": model.ffn_hidden_size}
+    if model.num_experts and (odd := [f"{key}={size}" for key, size in widths.items() if size % step]):
+        yield "model.num_experts", f"experts' sizes are multiples of {step} in this precision, not {', '.join(odd)}"
     if layout.sequence_parallel and layout.tensor == 1:
         yield (
             "parallel.sequence_parallel",

@@ -27,6 +27,7 @@ UNEVEN = {"first_stage_layers": 1, "last_stage_layers": 3}
 ZERO = {"engine": "deepspeed"}
 MODELS = {
     "dense": {},
+    "deep": {"depth": 6},
     "tied": {"tied_embeddings": True},
     "experts": {"num_experts": 4},
     "capacity": {"num_experts": 4, "experts_per_token": 1, "capacity_factor": 1.0},
@@ -54,6 +55,7 @@ LAYOUTS = {  # by ranks, then by model
             {"context": 2},
             {"context": 2, "micro_batch": 2, "zero": 2},
         ],
+        "deep": [{"pipeline": 2, "virtual": 2, "first_stage_layers": 2, "last_stage_layers": 4}],
         "tied": [{"pipeline": 2}, {"pipeline": 2, **ZERO}, {"data": 2, "zero": 3}],
         "experts": [
             {"data": 2, "expert": 2},

@@ -18,15 +18,25 @@ from tests.groups import checkpoint_of, in_group
 from tests.training.sweep import job_of
 
 STEPS = 20
+SP = {"tensor": 2, "sequence_parallel": True}
 LAYOUTS = {  # by ranks, of the dense model in fp32; and of experts in bf16
     1: {"dense": [{}, {"recompute": "selective"}], "experts": [{}]},
     2: {
-        "dense": [{"data": 2}, {"data": 2, "zero": 3}, {"pipeline": 2, "virtual": 2}],
-        "experts": [{"data": 2}, {"data": 2, "zero": 2}, {"data": 2, "zero": 3}],
+        "dense": [{"data": 2}, {"data": 2, "zero": 3}, {"pipeline": 2, "virtual": 2}, {"context": 2}],
+        "experts": [{"data": 2}, {"data": 2, "zero": 2}, {"data": 2, "zero": 3}, SP],
     },
     4: {
-        "dense": [{"data": 4}, {"data": 4, "zero": 2}, {"data": 2, "pipeline": 2, "engine": "deepspeed"}],
-        "experts": [{"data": 2, "pipeline": 2, "recompute": "full"}],
+        "dense": [
+            {"data": 4},
+            {"data": 4, "zero": 2},
+            {"data": 2, "pipeline": 2, "engine": "deepspeed"},
+            {"data": 2, "context": 2},
+        ],
+        "experts": [
+            {"data": 2, "pipeline": 2, "recompute": "full"},
+            {**SP, "data": 2},
+            {**SP, "data": 2, "zero": 2},
+        ],
     },
 }
 CASES = [
@@ -63,10 +73,23 @@ def trained(tables, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("case", CASES[1:], ids=lambda case: f"{case[1]} {LAYOUTS[case[0]][case[1]][case[2]]}")
-def test_every_bit_is_that_of_one_process(trained, case):
+def layout_of(case):
     ranks, model, number = case
-    found, wanted = trained / f"{ranks}-{model}-{number}", trained / f"1-{model}-0"
+    return LAYOUTS[ranks][model][number]
+
+
+def like(case):
+    """The first case of the same model with the same tensor and context sizes, which change what is multiplied."""
+
+    def shape(one):
+        return one[1], layout_of(one).get("tensor"), layout_of(one).get("context")
+
+    return next(one for one in CASES if shape(one) == shape(case))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if like(case) != case], ids=lambda c: f"{c[1]} {layout_of(c)}")
+def test_no_bit_depends_on_how_the_batch_is_shared(trained, case):
+    found, wanted = (trained / "{}-{}-{}".format(*one) for one in (case, like(case)))
     for got, want in zip(*(json.loads((one / "records.json").read_text()) for one in (found, wanted)), strict=True):
         assert got["grad_norm"] == want["grad_norm"], got["step"]
     states = [Reader(one / "checkpoint") for one in (found, wanted)]

@@ -40,6 +40,7 @@ def test_what_does_not_divide_is_named(layout, word):
         ({"zero": 2, "pipeline": 2}, {}, "ZeRO-2 does not go with pipeline"),
         ({"zero": 3, "engine": "megatron"}, {}, "ZeRO-3 does not go with Megatron-core"),
         ({"expert": 2, "data": 2, "engine": "deepspeed"}, {"num_experts": 4}, "expert needs Megatron-core"),
+        ({}, {"num_experts": 4, "ffn_hidden_size": 102}, "ffn_hidden_size=102"),
         ({"tensor": 2}, {"num_experts": 4}, "experts does not go with tensor alone"),
         ({"context": 2}, {"num_experts": 4, "capacity_factor": 1.5}, "capacity does not go with context"),
         ({"expert": 4, "data": 4, "engine": "megatron"}, {"num_experts": 6}, "does not divide num_experts"),

@@ -56,18 +56,22 @@ class CanonicalSums:
 
 
 def reduce_scatter(flat: torch.Tensor, data_ranks: int, group: dist.ProcessGroup) -> torch.Tensor:
-    """This rank's chunk of the sum of all ranks' `flat`, which the group's size divides: over the context-parallel
-    ranks of one data-parallel rank, which are neighbours, and then in the tree over data-parallel ranks."""
+    """This rank's chunk of the sum of all ranks' `flat`, which the group's size divides: in the tree over data-parallel
+    ranks, and then over the ranks that share a data-parallel rank's rows, which are neighbours."""
     if dist.get_world_size(group) == 1:
         return flat
     arrived = torch.empty_like(flat)
     dist.all_to_all_single(arrived, flat, group=group)
     chunks = list(arrived.view(dist.get_world_size(group), -1))
     width = len(chunks) // data_ranks
-    sums = [sum(chunks[first + 1 : first + width], chunks[first]) for first in range(0, len(chunks), width)]
-    while len(sums) > 1:
-        sums = [a + b for a, b in zip(sums[::2], sums[1::2], strict=True)]
-    return sums[0]
+    trees = [_tree(chunks[first::width]) for first in range(width)]
+    return sum(trees[1:], trees[0])
+
+
+def _tree(numbers: list[torch.Tensor]) -> torch.Tensor:
+    while len(numbers) > 1:
+        numbers = [a + b for a, b in zip(numbers[::2], numbers[1::2], strict=True)]
+    return numbers[0]
 
 
 def exact_norm(gradients: Iterable[torch.Tensor], device: torch.device) -> float:

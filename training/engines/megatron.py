@@ -21,7 +21,7 @@ from armillary.training.checkpoint.manifest import MOMENTS
 from armillary.training.config import OptimizerConfig
 from armillary.training.engines import canonical
 from armillary.training.engines.canonical import CanonicalSums
-from armillary.training.engines.shared import clip_scale, counts, decayed, sum_shared
+from armillary.training.engines.shared import clip_scale, counted_here, decayed, sum_shared
 
 
 class Piece(NamedTuple):
@@ -153,7 +153,9 @@ class MegatronEngine:
 
     def _norm(self) -> float:
         """Of all ranks' gradients, each parameter's counted once."""
-        gradients = [piece.gradient for bucket in self._buckets for piece in bucket.pieces if counts(piece.parameter)]
+        gradients = [
+            piece.gradient for bucket in self._buckets for piece in bucket.pieces if counted_here(piece.parameter, True)
+        ]
         device = self._buckets[0].gradients.device
         if self._sums is not None:
             return canonical.exact_norm(gradients, device)

@@ -42,13 +42,14 @@ def decayed(parameter: torch.nn.Parameter) -> bool:
     return parameter.ndim > 1
 
 
-def counts(parameter: torch.nn.Parameter) -> bool:
+def counted_here(parameter: torch.nn.Parameter, experts_apart: bool) -> bool:
     """Whether this rank's part of a gradient belongs to the global norm, and is not another tensor-parallel rank's or
-    the first stage's too."""
+    the first stage's too. experts_apart: tensor-parallel ranks have different parts of experts' gradients."""
     if getattr(parameter, "copy_of_embedding", False):
         return False
-    sharded = getattr(parameter, "tensor_model_parallel", False) or getattr(parameter, "of_experts", False)
-    return sharded or parallel_state.get_tensor_model_parallel_rank() == 0
+    apart = getattr(parameter, "tensor_model_parallel", False)
+    apart = apart or (experts_apart and getattr(parameter, "of_experts", False))
+    return apart or parallel_state.get_tensor_model_parallel_rank() == 0
 
 
 def clip_scale(norm: float, largest: float) -> float:

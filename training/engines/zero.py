@@ -15,7 +15,7 @@ from armillary.training.checkpoint.manifest import MOMENTS
 from armillary.training.config import OptimizerConfig
 from armillary.training.engines import canonical
 from armillary.training.engines.canonical import CanonicalSums
-from armillary.training.engines.shared import clip_scale, counts, decayed, sum_shared
+from armillary.training.engines.shared import clip_scale, counted_here, decayed, sum_shared
 from armillary.training.layout import Layout
 
 
@@ -151,11 +151,11 @@ class ZeroEngine:
         group = ParallelGroups().get_data_parallel_group()
         ranks, chunks = dist.get_world_size(group), {}
         totals = {parameter: self._sums.pop(parameter) for parameter, _ in placements(self._stages)}
-        sum_shared(self._stages, totals.__getitem__, experts=True)
         for parameter, total in totals.items():
             flat = torch.nn.functional.pad(total.view(-1), (0, -total.numel() % ranks))
             chunks[parameter] = canonical.reduce_scatter(flat, self._data_ranks, group)
-        own = [chunk for parameter, chunk in chunks.items() if counts(parameter)]
+        sum_shared(self._stages, chunks.__getitem__, experts=True)  # after the tree, whose shape it would change
+        own = [chunk for parameter, chunk in chunks.items() if counted_here(parameter, False)]
         norm = canonical.exact_norm(own, next(iter(totals)).device)
         scale = clip_scale(norm, self._clip_grad)
         for parameter, chunk in chunks.items():
@@ -229,9 +229,9 @@ class ZeroEngine:
         group = parallel_state.get_tensor_model_parallel_group()
 
         def summed(gradient):
-            gradient = gradient.clone()
-            dist.all_reduce(gradient, group=group)
-            return gradient
+            total = gradient.float() if gradient.dtype != torch.float32 else gradient.clone()
+            dist.all_reduce(total, group=group)
+            return total.to(gradient.dtype)
 
         for parameter in (parameter for stage in self._stages for parameter in stage.parameters()):
             if getattr(parameter, "sequence_parallel", False):
