@@ -85,8 +85,8 @@ class Layout(Table):
         given = {stage: layers for stage, layers in given.items() if layers}
         others, left = self.pipeline - len(given), depth - sum(given.values())
         if left < others or (left % others if others else left):
-            raise ValueError(f"{left} layers cannot be shared evenly by {others} stages")
+            raise ValueError(f"{max(left, 0)} are left for {others} other stages, which need the same number each")
         layers = [given.get(stage, left // others if others else 0) for stage in range(self.pipeline)]
         if uneven := [n for n in layers if n % self.virtual]:
-            raise ValueError(f"virtual={self.virtual} does not divide a stage of {uneven[0]} layers")
+            raise ValueError(f"a stage has {uneven[0]}, which virtual={self.virtual} does not divide")
         return layers

@@ -197,12 +197,13 @@ def _sizes(setting: Setting):
     try:
         layout.stage_layers(model.depth)
     except ValueError as error:
-        fitting = _divisors(model.depth)
-        yield (
-            "parallel.pipeline",
-            f"pipeline={layout.pipeline} does not divide model.depth={model.depth}: {error}; without uneven or "
-            f"virtual stages {fitting} would",
-        )
+        if layout.virtual == 1 and not (layout.first_stage_layers or layout.last_stage_layers):
+            fitting = _divisors(model.depth)
+            reason = f"pipeline={layout.pipeline} does not divide model.depth={model.depth}; {fitting} would"
+            yield "parallel.pipeline", reason
+        else:
+            key = "parallel.virtual" if layout.virtual > 1 else "parallel.first_stage_layers"
+            yield key, f"of model.depth={model.depth} layers, {error}"
     ranks = layout.data * layout.context * layout.tensor
     if layout.expert > 1 and model.num_experts % layout.expert:
         fitting = _divisors(model.num_experts)
