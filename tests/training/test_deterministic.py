@@ -52,8 +52,13 @@ def train(rank, tables, out):
         if ranks != rank.world_size:
             continue
         job = job_of(tables, model, **LAYOUTS[ranks][model][number])
-        # 12 micro-batches: four parts of three
-        training = {"deterministic": True, "global_batch": 12, "precision": "bf16" if model == "experts" else "fp32"}
+        # 4 micro-batches, each a part of the tree; of experts 6, which are two parts of three
+        experts = model == "experts"
+        training = {
+            "deterministic": True,
+            "global_batch": 6 if experts else 4,
+            "precision": "bf16" if experts else "fp32",
+        }
         job = job.model_copy(update={"training": job.training.model_copy(update=training)})
         join(rank, job.parallel)
         folder = out / f"{ranks}-{model}-{number}"
