@@ -180,8 +180,14 @@ class AdamW(torch.optim.AdamW):
     """PyTorch's, with its state and its options of these names, whose step is the kernel's for contiguous float32
     parameters on a GPU."""
 
-    def __init__(self, params, lr: float, betas: tuple[float, float], eps: float, weight_decay: float = 0.0):
+    def __init__(
+        self, params, lr: float, betas: tuple[float, float], eps: float, weight_decay: float = 0.0, exact: bool = False
+    ):
+        """exact: no bit depends on how numbers are shared out to tensors, at the price of speed on CPU."""
         super().__init__(params, lr, betas, eps, weight_decay)
+        fused = not exact and all(p.device.type == "cpu" for group in self.param_groups for p in group["params"])
+        for group in self.param_groups:
+            group["fused"] = fused or None
 
     @torch.no_grad()
     def step(self, closure=None):

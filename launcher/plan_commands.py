@@ -109,11 +109,11 @@ def _answer(job, given, machines, images, document, tokens, top, explain, failin
         plans = [plan_job(job, machines, document, images)]
     else:
         step = step_of(job, document, images)
-        found = search(job.model, step, machines, job.training.deterministic, job.checkpoint.every)
+        found = search(job.model, step, machines, job.checkpoint.every)
         refuse_none(found, job, machines)
         plans = [plan_layout(job.model, one.layout, step, machines, job.checkpoint.every) for one in found.ranked[:top]]
     best = plans[0]
-    said = explained(best, job.training.deterministic) if explain else None
+    said = explained(best) if explain else None
     sizes = _goodput(best, *failing) if failing else None
     if as_json:
         answer = {"plans": [one.as_dict(tokens) for one in plans]}

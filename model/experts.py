@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from armillary.kernels.swiglu import swiglu
 from armillary.model.config import ModelConfig
+from armillary.model.context import own_positions
 
 
 class Experts(torch.nn.Module):
@@ -45,7 +46,7 @@ class Experts(torch.nn.Module):
         if self.model.experts_per_token > 1:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
         if self.model.capacity_factor:
-            weights_TK = weights_TK * within_capacity(experts_TK, weights_TK, self.model)
+            weights_TK = weights_TK * within_shared_capacity(experts_TK, weights_TK, self.model)
         if self.training:
             loss = router_losses(logits_TE, probabilities_TE, experts_TK, self.model)
             weights_TK = _WithLoss.apply(weights_TK, loss, self.aux_scale)
@@ -78,6 +79,23 @@ class Experts(torch.nn.Module):
         ends = counts.cumsum(0).int()
         gate_up = F.grouped_mm(tokens, self.linear_fc1.transpose(1, 2), offs=ends)
         return F.grouped_mm(swiglu(gate_up), self.linear_fc2.transpose(1, 2), offs=ends)
+
+
+def within_shared_capacity(experts_TK: torch.Tensor, weights_TK: torch.Tensor, model: ModelConfig) -> torch.Tensor:
+    """`within_capacity` of a micro-batch whose positions tensor- and context-parallel ranks share: of this rank's."""
+    group = parallel_state.get_tensor_and_context_parallel_group()
+    ranks, context = dist.get_world_size(group), parallel_state.get_context_parallel_world_size()
+    if ranks == 1:
+        return within_capacity(experts_TK, weights_TK, model)
+    own = torch.stack([weights_TK.detach(), experts_TK.to(weights_TK.dtype)], 1)  # floats have room for the numbers
+    gathered = own.new_empty(ranks * len(own), *own.shape[1:])
+    dist.all_gather_into_tensor(gathered, own, group=group)
+    # Of equal weights the first position's is kept, wherever it is.
+    positions = torch.arange(len(gathered), device=own.device)
+    positions = torch.cat([own_positions(positions, context, rank) for rank in range(context)])
+    weights, experts = torch.empty_like(gathered).index_copy(0, positions, gathered).unbind(1)
+    kept = within_capacity(experts.long(), weights.contiguous(), model)
+    return kept[positions].chunk(ranks)[dist.get_rank(group)]
 
 
 def within_capacity(experts_TK: torch.Tensor, weights_TK: torch.Tensor, model: ModelConfig) -> torch.Tensor:

@@ -35,14 +35,14 @@ class RMSNorm(torch.nn.Module):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float):
         super().__init__()
-        self.eps = eps
+        self.eps, self.operation = eps, rms_norm
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         # Under sequence parallelism each rank sees part of the positions: the gradient is summed over them.
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None):
         """The norm of x; with a residual that of their sum, and the sum."""
-        return rms_norm(x, self.weight, self.eps, residual)
+        return self.operation(x, self.weight, self.eps, residual)
 
 
 class FeedForward(torch.nn.Module):
@@ -50,7 +50,7 @@ class FeedForward(torch.nn.Module):
 
     def __init__(self, config: TransformerConfig, recompute: bool):
         super().__init__()
-        self.recompute = recompute
+        self.recompute, self.operation = recompute, swiglu
         shared = dict(config=config, init_method=no_init, bias=False, skip_bias_add=False)
         self.linear_fc1 = ColumnParallelLinear(
             config.hidden_size, 2 * config.ffn_hidden_size, gather_output=False, stride=2, **shared
@@ -61,7 +61,7 @@ class FeedForward(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate_up = self.linear_fc1(x)[0]
-        return forgotten(swiglu, lambda y: self.linear_fc2(y)[0], self.recompute and self.training, gate_up)
+        return forgotten(self.operation, lambda y: self.linear_fc2(y)[0], self.recompute and self.training, gate_up)
 
 
 def forgotten(cheap: Callable, linear: Callable, recompute: bool, *inputs: torch.Tensor) -> torch.Tensor:
@@ -124,7 +124,7 @@ class CoreAttention(torch.nn.Module):
 
     def __init__(self, config: TransformerConfig, layer_number: int, **_):
         super().__init__()
-        self.layer_number = layer_number
+        self.layer_number, self.operation = layer_number, rope
 
     def forward(self, q, k, v, attention_mask, *, packed_seq_params: PackedContext | None = None, **_):
         if packed_seq_params is None:
@@ -133,7 +133,7 @@ class CoreAttention(torch.nn.Module):
             out = attention(*(x.transpose(0, 1).flatten(0, 1) for x in (q, k, v)), packing, causal=False)
             return out.unflatten(0, (images, length)).transpose(0, 1).flatten(2)
         context = packed_seq_params
-        q, k = rope(q, context.cos, context.sin), rope(k, context.cos, context.sin)
+        q, k = (self.operation(x, context.cos, context.sin) for x in (q, k))
         if context.cache is not None:
             keys, values = context.cache.append(self.layer_number, k, v, context.rows, context.positions)
             if context.decode:
@@ -172,6 +172,14 @@ class Layer(TransformerLayer):
             return hidden + self.mlp(normed)
         hidden = hidden + forgotten(self.input_layernorm, attend, True, hidden)
         return hidden + forgotten(self.pre_mlp_layernorm, self.mlp, True, hidden)
+
+
+def compile_operations(model: torch.nn.Module) -> None:
+    """Have torch.compile make the norms, SwiGLUs and rotations of a model. Products stay Megatron-core's: of a whole
+    layer ranks may compile different parts, and then wait for each other's collectives."""
+    for module in model.modules():
+        if isinstance(module, RMSNorm | FeedForward | CoreAttention):
+            module.operation = torch.compile(module.operation, dynamic=True)
 
 
 def block_spec(

@@ -50,9 +50,9 @@ class Explanation:
     tried: int
 
 
-def explain(plan: Plan, deterministic: bool = False) -> Explanation:
+def explain(plan: Plan) -> Explanation:
     """Plan every neighbour of `plan`, and `plan` with a tenth more of each resource."""
-    tried = list(neighbours(plan, deterministic))
+    tried = list(neighbours(plan))
     if plan.fits:
         better = sorted((c for c in tried if c.fits and c.seconds < plan.time.total), key=lambda c: c.seconds)
     else:
@@ -76,7 +76,7 @@ def bindings(plan: Plan) -> list[Binding]:
     return sorted(found, key=lambda one: -one.saved)
 
 
-def neighbours(plan: Plan, deterministic: bool = False) -> Iterator[Change]:
+def neighbours(plan: Plan) -> Iterator[Change]:
     """Allowed layouts of as many GPUs that differ from the plan's by one step of one key (and `data`, to keep their
     number)."""
     layout, seen = plan.layout, {plan.layout}
@@ -85,7 +85,7 @@ def neighbours(plan: Plan, deterministic: bool = False) -> Iterator[Change]:
             other = Layout(**layout.model_dump() | {"world_size": 0, "engine": ""} | changes)
         except ValueError:  # sizes that do not multiply up to the number of GPUs
             continue
-        refused = problems(setting(other, plan.model, plan.step, deterministic))
+        refused = problems(setting(other, plan.model, plan.step))
         if other in seen or other.world_size != plan.cluster.gpus or refused:
             continue
         seen.add(other)

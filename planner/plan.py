@@ -116,8 +116,11 @@ class Plan:
 def step_of(job: TrainJob, document: float = 0.0, images: float = 0.0) -> Step:
     """A step of the job. document: positions of a document (model.flops.work), 0: as many as a row has; images: of a
     row, on average."""
-    length = job.data.seq_length
-    return Step(length, job.training.global_batch, document or float(length), images, job.training.precision)
+    length, training = job.data.seq_length, job.training
+    return Step(
+        length, training.global_batch, document or float(length), images, training.precision, training.deterministic,
+        training.compile,
+    )  # fmt: skip
 
 
 def plan_layout(model: ModelConfig, layout: Layout, step: Step, cluster: Cluster, checkpoint_every: int = 0) -> Plan:
@@ -154,7 +157,7 @@ def fits(job: TrainJob, cluster: Cluster, document: float = 0.0, images: float =
         return plan
     parts = plan.fullest.as_dict()
     largest = max((part for part in parts if part != "total"), key=parts.__getitem__)
-    found = search(job.model, plan.step, plan.cluster, job.training.deterministic)
+    found = search(job.model, plan.step, plan.cluster)
     if found.ranked:
         best = found.ranked[0].layout
         instead = f"this layout would fit: {described(best)}"

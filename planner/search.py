@@ -38,9 +38,7 @@ class Found:
     allowed: int
 
 
-def search(
-    model: ModelConfig, step: Step, cluster: Cluster, deterministic: bool = False, checkpoint_every: int = 0
-) -> Found:
+def search(model: ModelConfig, step: Step, cluster: Cluster, checkpoint_every: int = 0) -> Found:
     """Rank every layout of `families`. Of layouts that differ in recomputation alone, the fastest that fits is kept: it
     costs time and gives nothing but memory. So does offload, which is kept where it saves recomputation."""
     software = ARMILLARY if cluster.triton else REFERENCES
@@ -52,7 +50,7 @@ def search(
     def candidate(layout: Layout, bytes: float) -> Candidate:
         return Candidate(step_time(model, layout, step, cluster, checkpoint_every, software).total, bytes, layout)
 
-    for family in families(model, step, cluster, deterministic):
+    for family in families(model, step, cluster):
         count += len(family)
         kept = ""  # what is computed again by the layout that was kept without offload
         for offload in (False, True):
@@ -88,7 +86,7 @@ def _first_within(peaks: Iterable[Sized], capacity: float) -> tuple[Sized | None
     return least, None
 
 
-def families(model: ModelConfig, step: Step, cluster: Cluster, deterministic: bool = False) -> Iterator[list[Layout]]:
+def families(model: ModelConfig, step: Step, cluster: Cluster) -> Iterator[list[Layout]]:
     """Every allowed layout of the cluster's GPUs, those that differ in recomputation and offload alone together.
 
     Tensor-parallel ranks lie in one node. Sequence parallelism is on wherever it is allowed: it moves as many bytes and
@@ -103,15 +101,15 @@ def families(model: ModelConfig, step: Step, cluster: Cluster, deterministic: bo
                 for offload in (False, True)
                 for recompute in RECOMPUTE
                 for layout in [Layout(**axes, **sharing, offload=offload, recompute=recompute)]
-                if not problems(setting(layout, model, step, deterministic))
+                if not problems(setting(layout, model, step))
             ]
             if family:
                 yield family
 
 
-def layouts(model: ModelConfig, step: Step, cluster: Cluster, deterministic: bool = False) -> Iterator[Layout]:
+def layouts(model: ModelConfig, step: Step, cluster: Cluster) -> Iterator[Layout]:
     """The layouts of `families`, one by one."""
-    for family in families(model, step, cluster, deterministic):
+    for family in families(model, step, cluster):
         yield from family
 
 

@@ -39,11 +39,14 @@ class Step(NamedTuple):
     document: float
     images: float
     precision: str
+    deterministic: bool = False
+    compile: bool = False
 
 
-def setting(layout: Layout, model: ModelConfig, step: Step, deterministic: bool = False) -> Setting:
+def setting(layout: Layout, model: ModelConfig, step: Step) -> Setting:
     """What the rules for layouts look at."""
-    return Setting(layout, model, step.seq_length, step.global_batch, step.precision == "bf16", deterministic)
+    bf16 = step.precision == "bf16"
+    return Setting(layout, model, step.seq_length, step.global_batch, bf16, step.deterministic, step.compile)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Running one function in several processes that form a gloo group."""
 
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +12,13 @@ from armillary.training.process_group import Rank, leave
 def in_group(world: int, port: int, function: Callable[..., None], *args) -> None:
     """Call function(rank, *args) in `world` new processes; `rank` is ready for process_group.join.
 
-    An exception in any of them is raised here. Imports cost seconds: put many cases into one call.
+    An exception in any of them is raised here. The processes are copies of one that has done the imports, which cost
+    ten seconds of a processor; still, many cases in one call are faster.
     """
-    torch.multiprocessing.spawn(_enter, (world, port, function, args), nprocs=world)
+    multiprocessing.set_forkserver_preload(["armillary.training.loop", "deepspeed"])
+    torch.multiprocessing.start_processes(
+        _enter, (world, port, function, args), nprocs=world, start_method="forkserver"
+    )
 
 
 def _enter(number: int, world: int, port: int, function: Callable[..., None], args: tuple) -> None:

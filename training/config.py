@@ -48,6 +48,7 @@ class TrainingConfig(Table):
     deterministic: bool = Field(
         False, description="add gradients up in one order, so that data, pipeline and zero change no bit of the weights"
     )
+    compile: bool = Field(False, description="torch.compile norms, SwiGLU and rotary embeddings, where no kernel runs")
     evaluate: bool = Field(True, description="score held-out questions when the last step is done")
 
 
@@ -85,8 +86,9 @@ class TrainJob(Table):
         training = self.training
         bf16 = training.precision == "bf16"
         return Setting(
-            self.parallel, self.model, self.data.seq_length, training.global_batch, bf16, training.deterministic
-        )
+            self.parallel, self.model, self.data.seq_length, training.global_batch, bf16, training.deterministic,
+            training.compile,
+        )  # fmt: skip
 
     @property
     def tokens_per_step(self) -> int:

@@ -16,6 +16,7 @@ from armillary.data_pipeline.mixture import ORDER
 from armillary.errors import CheckpointError, RunError
 from armillary.model.coordinates import initialize, placements
 from armillary.model.flops import model_flops
+from armillary.model.layers import compile_operations
 from armillary.model.multimodal import MultimodalModel
 from armillary.training.checkpoint.load import Reader
 from armillary.training.checkpoint.manifest import MOMENTS, State
@@ -71,6 +72,9 @@ class Trainer:
         job, rank = assignment.job, assignment.rank
         self.assignment, self.job, self.rank = assignment, job, rank
         self.stages = build_model(job, rank.device)
+        if job.training.compile:
+            for stage in self.stages:
+                compile_operations(stage)
         self.engine = build_engine(self.stages, job)
         self.step, self.cursor, self.tokens, self.loss = 0, Cursor(), 0, math.nan
         if assignment.resume is not None:

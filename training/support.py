@@ -17,6 +17,7 @@ class Setting(NamedTuple):
     global_batch: int
     bf16: bool = False
     deterministic: bool = False
+    compile: bool = False
 
 
 class Feature(NamedTuple):
@@ -57,6 +58,7 @@ FEATURES = {
     ),
     "bf16": Feature("training.precision", "bf16", lambda s: s.bf16),
     "deterministic": Feature("training.deterministic", "deterministic", lambda s: s.deterministic),
+    "compile": Feature("training.compile", "compile", lambda s: s.compile),
 }  # fmt: skip
 
 
@@ -96,12 +98,6 @@ REFUSED = (
         "experts", "tensor", "a token would go to its experts once for each tensor-parallel rank",
         "parallel.sequence_parallel=true",
     ),
-    Rule(
-        "capacity", "sequence", "an expert's room is counted over a whole micro-batch", "model.capacity_factor=0",
-    ),
-    Rule(
-        "capacity", "context", "an expert's room is counted over a whole micro-batch", "model.capacity_factor=0",
-    ),
     Rule("zero1", "bf16", "it would add micro-batches' gradients up in bf16, and not in fp32", MEGATRON),
     Rule(
         "deterministic", "expert", "what an expert is sent in one go changes with the ranks that share it",
@@ -114,6 +110,10 @@ REFUSED = (
     Rule(
         "deterministic", "offload", "gradients go to the host in the order in which they come",
         "parallel.offload=false, or training.deterministic=false",
+    ),
+    Rule(
+        "compile", "deterministic", "what is compiled depends on the sizes that a rank has met so far",
+        "training.compile=false, or training.deterministic=false",
     ),
 )  # fmt: skip
 

@@ -42,7 +42,6 @@ def test_what_does_not_divide_is_named(layout, word):
         ({"expert": 2, "data": 2, "engine": "deepspeed"}, {"num_experts": 4}, "expert needs Megatron-core"),
         ({}, {"num_experts": 4, "ffn_hidden_size": 102}, "ffn_hidden_size=102"),
         ({"tensor": 2}, {"num_experts": 4}, "experts does not go with tensor alone"),
-        ({"context": 2}, {"num_experts": 4, "capacity_factor": 1.5}, "capacity does not go with context"),
         ({"expert": 4, "data": 4, "engine": "megatron"}, {"num_experts": 6}, "does not divide num_experts"),
         ({"pipeline": 2, "first_stage_layers": 5, "last_stage_layers": 2}, {}, "depth"),
         ({"pipeline": 3, "virtual": 2, "first_stage_layers": 1}, {}, "depth"),
@@ -72,6 +71,7 @@ ASKED = {  # what a job says to have each feature: (layout, model, training), an
     "tied_stages": ({"pipeline": 2}, {"tied_embeddings": True}, {}),
     "bf16": ({}, {}, {"bf16": True}),
     "deterministic": ({}, {}, {"deterministic": True}),
+    "compile": ({}, {}, {"compile": True}),
 }
 
 

@@ -72,7 +72,8 @@ class MegatronEngine:
             {"params": [p.master for p in pieces if decayed(p.parameter) is yes], "weight_decay": decay}
             for yes, decay in ((True, config.weight_decay), (False, 0.0))
         ]
-        self._optimizer = AdamW(groups, config.learning_rate, (config.beta1, config.beta2), config.eps)
+        betas = (config.beta1, config.beta2)
+        self._optimizer = AdamW(groups, config.learning_rate, betas, config.eps, exact=sums is not None)
 
     @property
     def model(self) -> torch.nn.Module:

@@ -95,7 +95,8 @@ class ZeroEngine:
             {"params": [p for p in module.parameters() if decayed(p) is yes], "weight_decay": decay}
             for yes, decay in ((True, config.weight_decay), (False, 0.0))
         ]
-        optimizer = AdamW(groups, config.learning_rate, (config.beta1, config.beta2), config.eps)
+        betas = (config.beta1, config.beta2)
+        optimizer = AdamW(groups, config.learning_rate, betas, config.eps, exact=sums is not None)
         zero = {"stage": layout.zero, "overlap_comm": False}
         if layout.offload:
             zero["offload_optimizer"] = {"device": "cpu"}
