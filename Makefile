@@ -5,12 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help install demo test lint long bench-data bench-layouts bench-planner gpu clean
+.PHONY: help install demo test lint long bench bench-data bench-layouts bench-planner gpu clean
 
 help:
 	@echo "make demo      train a small image+text model, stop, resume on another layout, evaluate (ARGS=--json)"
 	@echo "make test      the linter and every test, about twelve minutes on two cores"
 	@echo "make long      the longer easy-vqa run, about 40 minutes on two cores"
+	@echo "make bench     a rank beside plain PyTorch, the launcher beside torchrun, about fifteen minutes"
 	@echo "make bench-data  the data pipeline beside its peers, about twenty-five minutes"
 	@echo "make bench-layouts  every layout beside a plain PyTorch model, about eight minutes"
 	@echo "make bench-planner  the planner beside published runs, where their tables are at hand"
@@ -46,6 +47,9 @@ $(BENCH)/.ready: benchmarks/constraints.txt pyproject.toml setup.py $(wildcard d
 	$(BENCH)/bin/python -m pip install --quiet --constraint benchmarks/constraints.txt torch numpy setuptools wheel packaging ninja
 	$(BENCH)/bin/python -m pip install --quiet --constraint benchmarks/constraints.txt --no-build-isolation --editable ".[bench]"
 	@touch $@
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.speed $(ARGS)
 
 bench-data: $(BENCH)/.ready
 	$(BENCH)/bin/python -m benchmarks.data.run $(ARGS)

@@ -15,6 +15,7 @@ TURNS, STEPS, WARM_UP = 5, 60, 10
 def measure(tables: dict, ranks: int, scratch: Path) -> dict:
     """Medians over turns of seconds a step, and the median of each turn's ratio."""
     tables = tables | {
+        "model": {"depth": 2},
         "parallel": {"data": ranks},
         "training": {"steps": STEPS, "global_batch": 2 * ranks, "evaluate": False},
         "cluster": {"cpus_per_rank": 1},

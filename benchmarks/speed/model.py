@@ -7,8 +7,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from armillary.data_pipeline.cursor import Cursor
 from armillary.launcher.job import resolve
 from armillary.model.coordinates import placements
