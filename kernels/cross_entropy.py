@@ -147,7 +147,7 @@ def cross_entropy_statistics(logits: torch.Tensor, labels: torch.Tensor) -> torc
         x, here = logits.to(wide), (labels >= 0) & (labels < entries)
         peak = x.amax(-1)
         target = x.gather(1, labels.where(here, 0)[:, None])[:, 0].where(here, 0)
-        return torch.stack([peak, (x - peak[:, None]).exp().sum(-1), target, x.sum(-1)])
+        return torch.stack([peak, (x - peak[:, None]).exp_().sum(-1), target, x.sum(-1)])
     found = logits.new_empty(4, rows, dtype=wide)
     _statistics[(rows,)](logits, labels, found, rows, V=entries, BLOCK=BLOCK, num_warps=WARPS)
     return found
@@ -175,6 +175,11 @@ def cross_entropy_gradient(
             logits, labels, lse, factor, z_loss, label_smoothing, share, V=entries, BLOCK=BLOCK, num_warps=WARPS
         )
         return
-    dx = (logits.to(lse.dtype) - lse[:, None]).exp() * (1 + 2 * z_loss * lse[:, None]) - share
-    dx -= (labels[:, None] == torch.arange(entries, device=logits.device)) * (1 - label_smoothing)
-    logits.copy_(dx * factor[:, None])
+    dx, here = logits.to(lse.dtype), (labels >= 0) & (labels < entries)  # itself, where it is wide enough
+    dx.sub_(lse[:, None]).exp_()
+    if z_loss:
+        dx.mul_(1 + 2 * z_loss * lse[:, None])
+    if share:
+        dx.sub_(share)
+    dx.scatter_add_(1, labels.where(here, 0)[:, None], (here * (label_smoothing - 1)).to(dx.dtype)[:, None])
+    logits.copy_(dx.mul_(factor[:, None]))

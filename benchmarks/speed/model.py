@@ -1,6 +1,5 @@
 """Steps of one rank as the trainer takes them, and of a plain PyTorch model of the same dimensions, by turns."""
 
-import itertools
 import json
 import statistics
 import time
@@ -33,7 +32,8 @@ def measure(rank: Rank, tables: dict, compiled: bool, scratch: Path) -> None:
     if compiled:
         plain.compile_layers()
     delivery = Delivery(job, Cursor(), rank.rank, rank.device)
-    held = [(step.weight, list(step.micro_batches)) for step in itertools.islice(delivery, WARM_UP + TURNS)]
+    steps = (next(delivery) for _ in range(WARM_UP + TURNS))
+    held = [(step.weight, list(step.micro_batches)) for step in steps]
     delivery.close()
     other = PlainTrainer(plain, job.optimizer)
     turns = []
