@@ -16,14 +16,25 @@ from benchmarks.layouts.cost import LAYOUTS as COSTS
 from benchmarks.layouts.cost import measure
 from tests.conftest import MODEL, SOURCES, free_port
 from tests.groups import in_group
-from tests.training.sweep import CASES, STEPS, Errors, errors, plain, train_layouts
+from tests.training.sweep import CASES, STEPS, TOLERANCE, Errors, errors, plain, train_layouts
 
 HEAD = f"""# Layouts
 
 Made by `make bench-layouts`. Each layout trains {STEPS} steps of packed rows of text and images, in fp32 on gloo, and
 is compared with a plain PyTorch model of one process in float64 (`tests/reference.py`). Figures are relative errors:
 the worst of the steps' losses, of the losses by source, of the gradient norms before clipping; and the worst weight
-tensor after the last step. `make test` holds each of them to the limits in `tests/training/test_equality.py`.
+tensor after the last step. `make test` holds each of them to the limits in the table's last row.
+
+## By axis
+
+The worst of all layouts that use it.
+
+| | layouts | loss | loss by source | gradient norm | weights |
+|---|---|---|---|---|---|
+"""
+AXES = ("tensor", "sequence_parallel", "pipeline", "virtual", "context", "expert", "data", "zero", "offload", "recompute")
+CASE = """
+## By layout
 
 | ranks | model and layout | loss | loss by source | gradient norm | weights |
 |---|---|---|---|---|---|
@@ -77,8 +88,12 @@ def sweep(tables: dict, scratch: Path) -> list[tuple[int, str, Errors]]:
 
 
 def report(folder: Path, found: list[tuple[int, str, Errors]], costs: list[dict]) -> None:
-    lines = [f"| {ranks} | {name} | " + " | ".join(f"{one:.1e}" for one in of) + " |" for ranks, name, of in found]
-    text = HEAD + "\n".join(lines) + "\n" + COST.format(rounds=costs[0]["rounds"], steps=costs[0]["steps"])
+    axes = {axis: [of for case, (_, _, of) in zip(CASES, found, strict=True) if axis in case.layout] for axis in AXES}
+    axes = {"one process": [of for ranks, _, of in found if ranks == 1]} | axes
+    rows = {f"{axis} | {len(of)}": Errors(*map(max, zip(*of, strict=True))) for axis, of in axes.items()}
+    rows |= {f"limit of the tests | {len(found)}": TOLERANCE}
+    cases = {f"{ranks} | {name}": of for ranks, name, of in found}
+    text = HEAD + table(rows) + CASE + table(cases) + COST.format(rounds=costs[0]["rounds"], steps=costs[0]["steps"])
     for one in costs:
         text += f"| {one['layout']} | {one['ratio']:.2f} | {one['without']:.3f} | {one['with']:.3f} |\n"
     (folder / "layouts.md").write_text(text)
@@ -86,6 +101,10 @@ def report(folder: Path, found: list[tuple[int, str, Errors]], costs: list[dict]
     (folder / "layouts.json").write_text(json.dumps({"cases": cases, "deterministic": costs}, indent=1) + "\n")
     plot(folder / "layouts.png", found)
     print(text)
+
+
+def table(rows: dict[str, Errors]) -> str:
+    return "".join(f"| {name} | " + " | ".join(f"{one:.1e}" for one in of) + " |\n" for name, of in rows.items())
 
 
 def plot(path: Path, found: list[tuple[int, str, Errors]]) -> None:

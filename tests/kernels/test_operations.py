@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from armillary.kernels.adamw import adamw, adamw_step
+from armillary.kernels.adamw import AdamW, adamw, adamw_step
 from armillary.kernels.attention import Packing, attention, attention_and_lse, attention_backward, attention_forward
 from armillary.kernels.cross_entropy import cross_entropy_gradient, cross_entropy_statistics, linear_cross_entropy
 from armillary.kernels.decode import decode_attention, decode_forward
@@ -83,6 +83,21 @@ def test_adamw_is_that_of_pytorch(seed):
         adamw([weight], [theirs.grad], [first], [second], [copy], step, **options)
     torch.testing.assert_close(weight, theirs.detach())
     torch.testing.assert_close(copy.double(), weight, rtol=2**-8 if seed is None else 2**-7, atol=0)
+
+
+def test_an_exact_adamw_does_not_see_how_numbers_are_shared_out():
+    def taken(parts, exact):
+        weights = [torch.nn.Parameter(part) for part in drawn(4001, dtype=torch.float32, grad=False).chunk(parts)]
+        optimizer = AdamW(weights, 1e-2, (0.9, 0.95), 1e-8, 0.1, exact=exact)
+        for step in range(1, 4):
+            for weight, gradient in zip(weights, drawn(4001, dtype=torch.float32, grad=False).chunk(parts), strict=True):
+                weight.grad = gradient / step
+            optimizer.step()
+        return torch.cat([weight.detach() for weight in weights])
+
+    whole = taken(1, True)
+    assert all(torch.equal(taken(parts, True), whole) for parts in (2, 31, 401))
+    torch.testing.assert_close(taken(401, False), whole)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -7,11 +7,7 @@ import pytest
 
 from tests.conftest import free_port
 from tests.groups import in_group
-from tests.training.sweep import CASES, LAYOUTS, Errors, errors, plain, train_layouts
-
-# Relative, in fp32, from float64, the same along every axis: some ten times what docs/results/layouts.md has of any.
-# Weights are furthest, since Adam divides small gradients by themselves.
-TOLERANCE = Errors(loss=5e-7, source_loss=1e-6, norm=2e-6, weights=2e-5)
+from tests.training.sweep import CASES, LAYOUTS, TOLERANCE, errors, plain, train_layouts
 
 
 @pytest.fixture(scope="module")
