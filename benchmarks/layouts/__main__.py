@@ -32,7 +32,9 @@ The worst of all layouts that use it.
 | | layouts | loss | loss by source | gradient norm | weights |
 |---|---|---|---|---|---|
 """
-AXES = ("tensor", "sequence_parallel", "pipeline", "virtual", "context", "expert", "data", "zero", "offload", "recompute")
+AXES = (
+    "data", "tensor", "sequence_parallel", "pipeline", "virtual", "context", "expert", "zero", "offload", "recompute",
+)  # fmt: skip
 CASE = """
 ## By layout
 

@@ -101,7 +101,7 @@ def plot(path: Path, models: list[dict], launchers: list[dict]) -> None:
     from matplotlib import pyplot
 
     rows = {f"plain PyTorch{', compiled' if one['compiled'] else ''}": one["turns"] for one in models}
-    rows |= {f"torchrun, {one['ranks']} ranks": one["turns"] for one in launchers}
+    rows |= {f"torchrun, ranks: {one['ranks']}": one["turns"] for one in launchers}
     figure, axes = pyplot.subplots(figsize=(8, 2.6), layout="constrained")
     for row, turns in enumerate(rows.values()):
         axes.plot([ours / other for ours, other in turns], [row] * len(turns), "o", markersize=4, alpha=0.5)

@@ -86,11 +86,13 @@ def test_adamw_is_that_of_pytorch(seed):
 
 
 def test_an_exact_adamw_does_not_see_how_numbers_are_shared_out():
+    numbers = drawn(4001, dtype=torch.float32, grad=False)
+
     def taken(parts, exact):
-        weights = [torch.nn.Parameter(part) for part in drawn(4001, dtype=torch.float32, grad=False).chunk(parts)]
+        weights = [torch.nn.Parameter(part.clone()) for part in numbers.chunk(parts)]
         optimizer = AdamW(weights, 1e-2, (0.9, 0.95), 1e-8, 0.1, exact=exact)
         for step in range(1, 4):
-            for weight, gradient in zip(weights, drawn(4001, dtype=torch.float32, grad=False).chunk(parts), strict=True):
+            for weight, gradient in zip(weights, numbers.chunk(parts), strict=True):
                 weight.grad = gradient / step
             optimizer.step()
         return torch.cat([weight.detach() for weight in weights])

@@ -129,8 +129,8 @@ class Errors(NamedTuple):
     weights: float
 
 
-# In fp32, the same along every axis: some ten times what docs/results/layouts.md has of any. Weights are furthest, since
-# Adam divides small gradients by themselves.
+# In fp32, the same along every axis: some ten times what docs/results/layouts.md has of any. Weights are furthest,
+# since Adam divides small gradients by themselves.
 TOLERANCE = Errors(loss=5e-7, source_loss=1e-6, norm=2e-6, weights=2e-5)
 
 
