@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help install demo test lint long bench bench-data bench-layouts bench-planner gpu clean
+.PHONY: help install demo test test-runs test-interpreted lint long bench bench-data bench-layouts bench-planner gpu clean
 
 help:
 	@echo "make demo      train a small image+text model, stop, resume on another layout, evaluate (ARGS=--json)"
@@ -32,9 +32,15 @@ $(READY): constraints.txt pyproject.toml setup.py $(wildcard data_pipeline/nativ
 demo: $(READY)
 	@$(BIN)/python examples/demo.py $(ARGS)
 
-# Triton decides when it is imported whether kernels are interpreted: these tests have a process of their own.
+# Whole runs wait more than they compute, and leave a processor to the interpreted kernels.
 test: $(READY) lint
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line test-runs test-interpreted
+
+test-runs: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
+
+# Triton decides when it is imported whether kernels are interpreted: these tests have a process of their own.
+test-interpreted: $(READY)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/interpreted tests/model/test_multimodal.py -k "interpreted or equals"
 
 long: $(READY)

@@ -17,6 +17,7 @@ from armillary.kernels.choose import runs_triton
 IGNORED = -100  # a label that counts nothing
 BLOCK, WARPS = 4096, 8
 LEAST = 2048  # tokens of a chunk
+NEAR = 1 << 18  # numbers that the reference goes over at once
 
 
 def linear_cross_entropy(
@@ -144,10 +145,15 @@ def cross_entropy_statistics(logits: torch.Tensor, labels: torch.Tensor) -> torc
     rows, entries = logits.shape
     wide = torch.promote_types(logits.dtype, torch.float32)
     if not runs_triton("cross_entropy", logits):
-        x, here = logits.to(wide), (labels >= 0) & (labels < entries)
-        peak = x.amax(-1)
-        target = x.gather(1, labels.where(here, 0)[:, None])[:, 0].where(here, 0)
-        return torch.stack([peak, (x - peak[:, None]).exp_().sum(-1), target, x.sum(-1)])
+        own, here = _own_labels(labels, entries)
+        target = logits.gather(1, own)[:, 0].to(wide).where(here, 0)
+        found = []
+        for part in logits.split(_near(logits)):
+            x = part.to(wide)
+            peak = x.amax(-1)
+            found.append(torch.stack([peak, (x - peak[:, None]).exp_().sum(-1), x.sum(-1)]))
+        peak, total, sum_of_all = torch.cat(found, 1)
+        return torch.stack([peak, total, target, sum_of_all])
     found = logits.new_empty(4, rows, dtype=wide)
     _statistics[(rows,)](logits, labels, found, rows, V=entries, BLOCK=BLOCK, num_warps=WARPS)
     return found
@@ -175,11 +181,26 @@ def cross_entropy_gradient(
             logits, labels, lse, factor, z_loss, label_smoothing, share, V=entries, BLOCK=BLOCK, num_warps=WARPS
         )
         return
-    dx, here = logits.to(lse.dtype), (labels >= 0) & (labels < entries)  # itself, where it is wide enough
-    dx.sub_(lse[:, None]).exp_()
-    if z_loss:
-        dx.mul_(1 + 2 * z_loss * lse[:, None])
-    if share:
-        dx.sub_(share)
-    dx.scatter_add_(1, labels.where(here, 0)[:, None], (here * (label_smoothing - 1)).to(dx.dtype)[:, None])
-    logits.copy_(dx.mul_(factor[:, None]))
+    own, here = _own_labels(labels, entries)
+    steps = (here * (label_smoothing - 1)).to(lse.dtype)[:, None]
+    columns = (lse[:, None], factor[:, None], own, steps)
+    for part, *own_rows in zip(*(x.split(_near(logits)) for x in (logits, *columns)), strict=True):
+        lse_T1, factor_T1, own_T1, step_T1 = own_rows
+        dx = part.to(lse.dtype)  # itself, where it is wide enough
+        dx.sub_(lse_T1).exp_()
+        if z_loss:
+            dx.mul_(1 + 2 * z_loss * lse_T1)
+        if share:
+            dx.sub_(share)
+        part.copy_(dx.scatter_add_(1, own_T1, step_T1).mul_(factor_T1))
+
+
+def _own_labels(labels: torch.Tensor, entries: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Labels [T, 1], 0 for those that are not among the `entries` here; and which are, [T]."""
+    here = (labels >= 0) & (labels < entries)
+    return labels.where(here, 0)[:, None], here
+
+
+def _near(logits: torch.Tensor) -> int:
+    """Rows that stay in a processor's cache while several operations go over them; all of them on a GPU."""
+    return max(1, NEAR // logits.shape[1]) if logits.device.type == "cpu" else len(logits)

@@ -51,12 +51,12 @@ def compare(job_file: Path, machine, console: Console) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         staging = Path(folder)
         tables = read_toml(job_file)
-        rows = tables.get("parallel", {}).get("micro_batch", 1)
+        micro_batch = tables.get("parallel", {}).get("micro_batch", 1)
         shards = {} if job_file != DEMO else {"data": tables["data"] | {"path": str(staging / "shards")}}
-        job = resolve(tables | shards | {"parallel": {"micro_batch": rows}}, str(job_file)).with_absolute_paths()
+        job = resolve(tables | shards | {"parallel": {"micro_batch": micro_batch}}, str(job_file)).with_absolute_paths()
         ensure_built(job.data, say_built(console))
-        images, document = rows_of(job)
-        planned = plan_job(job, machine, document, images).time.total
+        rows = rows_of(job)
+        planned = plan_job(job, machine, rows.document, rows.images).time.total
         join(Rank(), Layout())
         trainer = None
         try:

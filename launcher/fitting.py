@@ -18,8 +18,8 @@ def refuse_what_does_not_fit(job: Job, force: bool = False) -> None:
     from armillary.launcher.plan_commands import rows_of
     from armillary.planner.plan import fits
 
-    images, document = rows_of(job)
-    fits(job, machine, document, images)
+    rows = rows_of(job)
+    fits(job, machine, rows.document, rows.images)
 
 
 def peak_flops(precision: str) -> float:

@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import typer
 from rich.console import Console
@@ -91,14 +91,30 @@ def plan(
         cluster(kind, gpus, node_gpus, interconnect)  # refused before the job is read
     job, given = _read(job_file, overrides, gpus, search_all)
     machines = cluster(kind, gpus or job.parallel.world_size, node_gpus, interconnect)
-    measured_images, measured_document = rows_of(job)
-    images = measured_images if images is None else images
-    document = measured_document if document is None else document
-    _answer(job, given, machines, images, document, tokens or job.tokens_per_step * job.training.steps, top,
+    found = rows_of(job)
+    _refuse_rows(job, images or 0.0, document or 0.0)
+    rows = Rows(
+        found.images if images is None else images, document or found.document,
+        found.assumed and (images is None or document is None),
+    )  # fmt: skip
+    _answer(job, given, machines, rows, tokens or job.tokens_per_step * job.training.steps, top,
             explain, (mtbf_hours, restart_seconds, plot) if goodput or plot else None, as_json)  # fmt: skip
 
 
-def _answer(job, given, machines, images, document, tokens, top, explain, failing, as_json) -> None:
+def _refuse_rows(job, images: float, document: float) -> None:
+    """JobError where a row cannot hold what was said of it."""
+    length, room = job.data.seq_length, job.data.seq_length // job.image_shape.positions
+    if document > length:
+        raise JobError(f"--document {document:g} is more than a row has", f"data.seq_length = {length:,}", "say less")
+    if images > room:
+        positions = job.image_shape.positions
+        raise JobError(
+            f"--images {images:g} is more than a row holds: {room:,} of {positions:,} positions each",
+            f"data.seq_length = {length:,}", "say less",
+        )  # fmt: skip
+
+
+def _answer(job, given, machines, rows, tokens, top, explain, failing, as_json) -> None:
     from armillary.launcher.plan_view import print_explanation, print_plan, print_ranking
     from armillary.planner.explain import explain as explained
     from armillary.planner.plan import plan_job, plan_layout, step_of
@@ -106,9 +122,9 @@ def _answer(job, given, machines, images, document, tokens, top, explain, failin
 
     console, found = Console(width=None if sys.stdout.isatty() else 120), None
     if given:
-        plans = [plan_job(job, machines, document, images)]
+        plans = [plan_job(job, machines, rows.document, rows.images)]
     else:
-        step = step_of(job, document, images)
+        step = step_of(job, rows.document, rows.images)
         found = search(job.model, step, machines, job.checkpoint.every)
         refuse_none(found, job, machines)
         plans = [plan_layout(job.model, one.layout, step, machines, job.checkpoint.every) for one in found.ranked[:top]]
@@ -116,7 +132,7 @@ def _answer(job, given, machines, images, document, tokens, top, explain, failin
     said = explained(best) if explain else None
     sizes = _goodput(best, *failing) if failing else None
     if as_json:
-        answer = {"plans": [one.as_dict(tokens) for one in plans]}
+        answer = {"plans": [one.as_dict(tokens) for one in plans], "rows": rows._asdict()}
         answer |= {"allowed": found.allowed, "fitting": len(found.ranked)} if found else {}
         if said:
             answer["explanation"] = {
@@ -133,7 +149,7 @@ def _answer(job, given, machines, images, document, tokens, top, explain, failin
         return
     if found:
         print_ranking(console, found, plans)
-    print_plan(console, best, tokens)
+    print_plan(console, best, tokens, rows.assumed)
     if said:
         print_explanation(console, best, said)
     if sizes:
@@ -186,8 +202,16 @@ def _read(job_file: Path, overrides: list[str], gpus: int | None, search_all: bo
     return job, True
 
 
-def rows_of(job) -> tuple[float, float]:
-    """(images of a row, positions of a document) as the job's shards have them; (0, a whole row) where there are none.
+class Rows(NamedTuple):
+    """Images of a row, positions of a document, and whether that is no more than an assumption."""
+
+    images: float
+    document: float
+    assumed: bool = False
+
+
+def rows_of(job) -> Rows:
+    """What the job's shards have; no images and documents of a whole row are assumed where there are none.
 
     The mean length stands for that of the document a position is in: documents of even length.
     """
@@ -196,11 +220,11 @@ def rows_of(job) -> tuple[float, float]:
 
     data, length = job.data, float(job.data.seq_length)
     if is_url(data.path) or not Path(data.path).exists():
-        return 0.0, length
+        return Rows(0.0, length, assumed=True)
     try:
         reports = read_manifest(open_folder(data.path)).reports
     except DataError:  # planned without; `armillary train` refuses them
-        return 0.0, length
+        return Rows(0.0, length, assumed=True)
     weights = {source.name: source.weight for source in data.sources if source.name in reports}
     images = document = 0.0
     for name, weight in weights.items():
@@ -209,7 +233,7 @@ def rows_of(job) -> tuple[float, float]:
         if positions:
             images += share * length * report.images / positions
             document += share * min(length, positions / report.documents)
-    return images, document or length
+    return Rows(images, document or length)
 
 
 def _goodput(plan, mtbf_hours: float, restart_seconds: float, plot: Path | None) -> list[dict]:
@@ -225,7 +249,8 @@ def _goodput(plan, mtbf_hours: float, restart_seconds: float, plot: Path | None)
         {n * replica: checkpoint_time(plan.model, plan.layout, plan.cluster.of(n * replica)) for n in replicas},
         mtbf_hours, DETECTION, restart_seconds,
     )  # fmt: skip
-    vary = Variation(JITTER, STRAGGLERS, SLOWDOWN)
+    sharing = plan.layout.tensor * plan.layout.context  # ranks of a stage, which wait for the slowest of them
+    vary = Variation(JITTER, 1 - (1 - STRAGGLERS) ** sharing, SLOWDOWN)
     count = plan.step.global_batch // plan.layout.data // plan.layout.micro_batch
     found = []
     for size, number in zip(sizes, replicas, strict=True):

@@ -9,14 +9,17 @@ from armillary.planner.plan import GIB, Plan, described
 from armillary.planner.search import Found
 
 
-def print_plan(console: Console, plan: Plan, tokens: float) -> None:
-    """One plan, whole: what, how fast, memory and time by part, and what a budget of tokens takes."""
-    counted, cluster = parameters(plan.model), plan.cluster
+def print_plan(console: Console, plan: Plan, tokens: float, assumed: bool = False) -> None:
+    """One plan, whole: what, how fast, memory and time by part, and what a budget of tokens takes. assumed: there were
+    no shards to know images and documents from."""
+    counted, cluster, step = parameters(plan.model), plan.cluster, plan.step
     active = f" ({_number(counted.active)} active)" if counted.active < counted.total else ""
     rows = {
         "model": f"{_number(counted.total)} parameters{active}",
         "machines": f"{cluster.gpus:,} x {cluster.name}, {cluster.node_gpus} a node",
         "layout": described(plan.layout) or "one rank",
+        "rows": f"{step.images:.3g} images a row, documents of {step.document:,.0f} positions"
+                + (" (assumed, there are no shards yet: say --images, --document)" if assumed else ""),
         "step": f"{_seconds(plan.time.total)} for {plan.tokens:,} positions",
         "rate": f"{plan.tokens_per_second:,.0f} positions/s, {plan.tflops:,.3g} TFLOP/s a GPU, "
                 f"MFU {plan.mfu:.1%}, HFU {plan.hfu:.1%}",

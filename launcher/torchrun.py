@@ -17,7 +17,7 @@ from rich.console import Console
 
 from armillary.data_pipeline.build import ensure_built
 from armillary.errors import ArmillaryError, JobError
-from armillary.launcher.fitting import peak_flops
+from armillary.launcher.fitting import peak_flops, refuse_what_does_not_fit
 from armillary.launcher.job import Job, load_job
 from armillary.launcher.progress import View
 from armillary.launcher.run import Run
@@ -55,16 +55,17 @@ def main() -> None:
     options = argparse.ArgumentParser(prog="armillary.launcher.torchrun")
     options.add_argument("job", type=Path)
     options.add_argument("--run-dir", type=Path, required=True)
+    options.add_argument("--force", action="store_true", help="start what the planner says does not fit the GPUs")
     options.add_argument("overrides", nargs="*")
     args = options.parse_intermixed_args()
     try:
-        train(args.job, args.run_dir, args.overrides)
+        train(args.job, args.run_dir, args.overrides, args.force)
     except ArmillaryError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
 
 
-def train(job_file: Path, run_dir: Path, overrides: list[str]) -> None:
+def train(job_file: Path, run_dir: Path, overrides: list[str], force: bool = False) -> None:
     """This rank's part of a new or resumed run."""
     import torch
     import torch.distributed as dist
@@ -83,6 +84,7 @@ def train(job_file: Path, run_dir: Path, overrides: list[str]) -> None:
             f"the layout has {job.parallel.world_size} ranks, torchrun started {rank.world_size}", job_file,
             "set parallel.world_size, or --nproc-per-node",
         )  # fmt: skip
+    refuse_what_does_not_fit(job, force)
     join(rank, job.parallel, job.cluster.start_timeout)
     opened = Run(run_dir.resolve())
     with contextlib.ExitStack() as stack:

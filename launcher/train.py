@@ -101,6 +101,7 @@ def start(job: Job, run_dir: Path | None, stop_at: int, console: Console, force:
     refuse_what_does_not_fit(job, force)
     manifest = ensure_built(job.data, say_built(console))
     check_readable(job)
+    refuse_what_does_not_fit(job, force)  # again, now that it is known how many images rows have
     run = Run.create(path, job, manifest)
     with run.locked():
         try:

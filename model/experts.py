@@ -45,7 +45,7 @@ class Experts(torch.nn.Module):
         weights_TK, experts_TK = probabilities_TE.topk(self.model.experts_per_token)
         if self.model.experts_per_token > 1:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
-        if self.model.capacity_factor:
+        if self.model.capacity_factor and self.training:  # else answers would depend on what stands beside them
             weights_TK = weights_TK * within_shared_capacity(experts_TK, weights_TK, self.model)
         if self.training:
             loss = router_losses(logits_TE, probabilities_TE, experts_TK, self.model)

@@ -59,6 +59,8 @@ def _stage(
     size = 4 if step.precision == "fp32" else software.weight_bytes
     kept_gradient = 4 if step.precision == "fp32" else software.kept_gradient_bytes
     weights, gradients, optimizer = states(stage, layout, size, kept_gradient, software)
+    if step.deterministic:  # sums of a tree of micro-batches (training/engines/canonical.py), not divided by anything
+        gradients += 4 * (stage.dense + stage.expert) * tree_sums(step.global_batch // layout.micro_batch, layout.data)
     dims, element = decoder_dims(model, software), 4 if step.precision == "fp32" else 2
     kept, whole = activations(dims, given.positions, layout, element, software)
     flying = in_flight(layout, stage.index, given.count)
@@ -92,6 +94,11 @@ def states(
     return divided(weight_bytes, layout.zero == 3), divided(gradient_bytes, layout.zero >= 2), optimizer
 
 
+def tree_sums(micro_batches: int, ranks: int) -> int:
+    """Gradients of the whole part that a rank holds at once: a sum for each level of its share of the tree, and one."""
+    return ((micro_batches & -micro_batches) // ranks).bit_length()
+
+
 def activations(dims: Dims, positions: float, layout: Layout, element: int, software: Software) -> tuple[float, float]:
     """Bytes of one layer and micro-batch on one GPU: (kept until its backward pass, all that the pass needs).
 
@@ -99,7 +106,7 @@ def activations(dims: Dims, positions: float, layout: Layout, element: int, soft
     layer's input and the sum behind attention, both norms' outputs (h each); rotated queries and keys, values (a view
     of the product that made all three), attention's output; SwiGLU's input (two widths) and output; in fp32 a number a
     row and norm, and one a row and head. The terms in h are divided over t under sequence parallelism only. Scores are
-    never kept (flash attention).
+    never kept (flash attention). Under context parallelism keys and values are gathered, and kept of the whole row.
     """
     queries, keys, ffn = dims.shard(layout.tensor)
     split = layout.tensor if layout.sequence_parallel else 1
@@ -107,6 +114,8 @@ def activations(dims: Dims, positions: float, layout: Layout, element: int, soft
     inputs = positions * dims.hidden / split
     residuals, norms = 2 * inputs, 2 * (positions * dims.hidden if software.kept_gathered else inputs)
     attention = positions * (3 * queries + 3 * keys if software.joint_qkv else 2 * queries + 2 * keys)
+    if layout.context > 1 and software.gathered_keys:  # of the row; each stretch's own attention writes its output
+        attention = positions * (3 * queries + 2 * keys * layout.context)
     sums = 4 * positions * (2 / split + dims.heads / layout.tensor)
     wide, output = rows * (dims.mlp_matrices - 1) * ffn, rows * ffn
     dispatched = 2 * rows * dims.hidden if dims.experts else 0.0  # each token for each of its experts, in and out

@@ -38,7 +38,7 @@ def schedule(stage: int, stages: int, virtual: int, count: int) -> list[Operatio
     assert virtual == 1 or count % stages == 0
     total = count * virtual
     warm_up = stages - stage - 1 if virtual == 1 else 2 * (stages - stage - 1) + (virtual - 1) * stages
-    warm_up = total if virtual > 1 and count == stages else min(warm_up, total)
+    warm_up = min(warm_up, total)
     forward = [_nth(i, stages, virtual, False) for i in range(total)]
     backward = [_nth(i, stages, virtual, True) for i in range(total)]
     order = forward[:warm_up]

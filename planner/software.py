@@ -59,6 +59,7 @@ class Software:
     state_bytes: int = 12  # of master weight and two moments
     selective: str = "norms"  # what selective recomputation does; "attention" (Korthikanti), "products" (torchtitan)
     joint_qkv: bool = True  # values are kept as a view of the product's whole output, queries and keys with them
+    gathered_keys: bool = True  # context-parallel ranks keep keys and values of the whole row; False: of their own part
     kept_activations: float = 0.0  # more tensors kept for the backward pass, in MLP widths of a position and layer
     kept_gathered: bool = False  # sequence-parallel inputs of products are kept whole, not gathered again
     whole_logits: float = 0.0  # bytes of each logit, if all are held at once; 0: they go through in chunks

@@ -39,8 +39,10 @@ class OptimizerConfig(Table):
 class TrainingConfig(Table):
     """How long, how much at once, in which precision."""
 
-    steps: int = Field(1000, ge=1, description="optimizer steps of the whole run; the learning rate follows it")
-    global_batch: int = Field(8, ge=1, description="packed rows in one optimizer step, over all ranks")
+    steps: int = Field(
+        1000, ge=1, le=1 << 40, description="optimizer steps of the whole run; the learning rate follows it"
+    )
+    global_batch: int = Field(8, ge=1, le=1 << 24, description="packed rows in one optimizer step, over all ranks")
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="of weights and gradients in use; master weights are fp32"
     )

@@ -72,7 +72,7 @@ class Trainer:
         job, rank = assignment.job, assignment.rank
         self.assignment, self.job, self.rank = assignment, job, rank
         self.stages = build_model(job, rank.device)
-        if job.training.compile:
+        if job.training.compile and rank.device.type == "cpu":  # on a GPU these are kernels
             for stage in self.stages:
                 compile_operations(stage)
         self.engine = build_engine(self.stages, job)

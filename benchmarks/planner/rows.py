@@ -43,7 +43,7 @@ MPT = Software(
 # torchtitan, December 2024: FSDP2; without torch.compile each operation of a norm, the rotation and SwiGLU is a kernel.
 TORCHTITAN = Software(
     images=False, norm_traffic=30, activation_traffic=5, rope_traffic=12, logit_bytes=40, data_overlap=True,
-    weight_bytes=4, selective="products", whole_logits=14, joint_qkv=False, bucket_bytes=0.0,
+    weight_bytes=4, selective="products", whole_logits=14, joint_qkv=False, gathered_keys=False, bucket_bytes=0.0,
 )  # fmt: skip
 TORCHTITAN_COMPILED = replace(TORCHTITAN, norm_traffic=10, activation_traffic=3, rope_traffic=4, logit_bytes=16)
 # nanotron, 2024: a fused RMSNorm, FlashAttention-2, SwiGLU in two kernels; gradients are added up in fp32 and reduced

@@ -78,6 +78,7 @@ def test_the_jobs_own_layout_is_planned_and_explained(plan, job):
 def test_a_plan_reads_well(plan, job):
     code, out, _ = plan(job, "--gpus", 16, "--gpu", "h200", "--node-gpus", 8, "--interconnect", "roce-400", "--explain")
     assert code == 0
+    assert "0 images a row, documents of 4,096 positions (assumed" in out
     for word in ("16 x h200, 8 a node", "MFU", "GiB on the fullest GPU", "memory of a GPU by part", "activations",
                  "time of a step by part", "what binds", "kWh", "dollars"):  # fmt: skip
         assert word in out, word
@@ -113,6 +114,9 @@ BROKEN = '[memory_gib]\nvalue = "much"\n'
         (["--gpus", 16, "--node-gpus", 0], ["--node-gpus 0"]),
         (["--gpus", 16, "--interconnect", "carrier-pigeon"], ["no link 'carrier-pigeon'"]),
         (["--gpus", 16, "--tokens", -5], ["--tokens -5"]),
+        (["--gpus", 16, "--document", 1e12], ["--document 1e+12", "more than a row has", "4,096"]),
+        (["--gpus", 16, "--images", 1e9], ["--images 1e+09", "more than a row holds"]),
+        (["--gpus", 16, "training.global_batch=1000000000000000000"], ["training.global_batch", "16777216"]),
         (["--gpus", 16, "--top", 0], ["--top 0"]),
         (["--gpus", 16, "--mtbf-hours", 0], ["--mtbf-hours 0"]),
         ([], ["how many GPUs", "--gpus 64"]),
@@ -160,12 +164,13 @@ def test_planning_waits_for_no_heavy_import(plan, job):
 
 def test_images_and_documents_are_those_of_the_shards(job_file):
     job = load_job(job_file)
-    images, document = rows_of(job)
+    images, document, assumed = rows_of(job)
+    assert not assumed
     length, positions = job.data.seq_length, job.image_shape.positions
     assert 1 < images < length / positions
     assert positions < document < length
     nowhere = load_job(job_file, ['data.path="nowhere"'])
-    assert rows_of(nowhere) == (0.0, length)
+    assert rows_of(nowhere) == (0.0, length, True)
 
 
 def test_train_asks_the_planner_where_it_knows_the_gpu(job, monkeypatch, tmp_path):

@@ -46,6 +46,8 @@ LAYOUTS = {  # by ranks, then by model
             {"data": 2, "zero": 2, "micro_batch": 2},
             {"data": 2, "zero": 3},
             {"data": 2, "offload": True},
+            {"data": 2, "precision": "bf16"},
+            {"data": 2, "zero": 2, "precision": "bf16"},
             {"data": 2, "zero": 3, "offload": True, "recompute": "full"},
             {"tensor": 2},
             {**SP, "micro_batch": 2},
@@ -62,6 +64,7 @@ LAYOUTS = {  # by ranks, then by model
             {"data": 2, "expert": 2},
             {"context": 2, "expert": 2},
             {**SP, "expert": 2},
+            {**SP, "expert": 2, "precision": "bf16"},
             {**SP, **ZERO},
             {"data": 2, "zero": 3},
             {"pipeline": 2, "virtual": 2, "recompute": "selective"},
@@ -96,27 +99,27 @@ LAYOUTS = {  # by ranks, then by model
 
 
 class Case(NamedTuple):
-    """One layout of one model."""
+    """One layout of one model; with `precision` and `compile`, which are keys of [training]."""
 
     ranks: int
     model: str
-    number: int
-
-    @property
-    def layout(self) -> dict:
-        return LAYOUTS[self.ranks][self.model][self.number]
+    layout: dict
 
     @property
     def name(self) -> str:
         said = [key if value is True else f"{key}={value}" for key, value in self.layout.items()]
         return f"{self.model}: {' '.join(said) or 'one process'}"
 
+    @property
+    def limits(self) -> "Errors":
+        return BF16 if self.layout.get("precision") == "bf16" else TOLERANCE
+
 
 CASES = [
-    Case(ranks, model, number)
+    Case(ranks, model, layout)
     for ranks, models in LAYOUTS.items()
     for model, layouts in models.items()
-    for number in range(len(layouts))
+    for layout in layouts
 ]
 
 
@@ -132,22 +135,23 @@ class Errors(NamedTuple):
 # In fp32, the same along every axis: some ten times what docs/results/layouts.md has of any. Weights are furthest,
 # since Adam divides small gradients by themselves.
 TOLERANCE = Errors(loss=5e-7, source_loss=1e-6, norm=2e-6, weights=2e-5)
+BF16 = Errors(loss=5e-3, source_loss=1e-2, norm=2e-2, weights=3e-2)  # activations have eight bits
 
 
-def job_of(tables, model, compile=False, **parallel):
+def job_of(tables, model, compile=False, precision="fp32", **parallel):
     # Adam's step from a gradient far below eps is as small as that; above it, rounding may turn its sign.
     tables = tables | {
         "model": tables["model"] | {"depth": 4} | MODELS[model],
         "parallel": parallel,
         "optimizer": {"learning_rate": 3e-3, "clip_grad": 0.5, "warmup_steps": 2, "eps": 1e-6},
-        "training": {"steps": 6, "global_batch": 4, "compile": compile},
+        "training": {"steps": 6, "global_batch": 4, "compile": compile, "precision": precision},
     }
     return resolve(tables, "test").train_job()
 
 
-def train_layouts(rank, tables, out):
+def train_layouts(rank, tables, out, cases=CASES):
     """In a group: train each layout of this world size, and write its record and checkpoint."""
-    for case in (case for case in CASES if case.ranks == rank.world_size):
+    for case in (case for case in cases if case.ranks == rank.world_size):
         job = job_of(tables, case.model, **case.layout)
         join(rank, job.parallel)
         folder = folder_of(out, case)
@@ -163,7 +167,7 @@ def train_layouts(rank, tables, out):
 
 
 def folder_of(out: Path, case: Case) -> Path:
-    return out / f"{case.ranks}-{case.model}-{case.number}"
+    return out / f"{case.ranks} {case.name}"
 
 
 def plain(tables, model, micro_batch):

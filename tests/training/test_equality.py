@@ -7,7 +7,7 @@ import pytest
 
 from tests.conftest import free_port
 from tests.groups import in_group
-from tests.training.sweep import CASES, LAYOUTS, TOLERANCE, errors, plain, train_layouts
+from tests.training.sweep import CASES, LAYOUTS, errors, plain, train_layouts
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def reference(tables):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_layout_equals_the_plain_model(case, trained, reference):
     found = errors(trained, case, reference(case.model, case.layout.get("micro_batch", 1)))
-    assert all(got <= limit for got, limit in zip(found, TOLERANCE, strict=True)), found
+    assert all(got <= limit for got, limit in zip(found, case.limits, strict=True)), found
 
 
 def test_the_cpu_stand_ins_are_called_where_they_are_known_to_be(trained):
