@@ -16,24 +16,25 @@ from benchmarks.layouts.cost import LAYOUTS as COSTS
 from benchmarks.layouts.cost import measure
 from tests.conftest import MODEL, SOURCES, free_port
 from tests.groups import in_group
-from tests.training.sweep import CASES, STEPS, TOLERANCE, Errors, errors, plain, train_layouts
+from tests.training.sweep import BF16, CASES, STEPS, TOLERANCE, Errors, errors, plain, train_layouts
 
 HEAD = f"""# Layouts
 
-Made by `make bench-layouts`. Each layout trains {STEPS} steps of packed rows of text and images, in fp32 on gloo, and
-is compared with a plain PyTorch model of one process in float64 (`tests/reference.py`). Figures are relative errors:
+Made by `make bench-layouts`. Each layout trains {STEPS} steps of packed rows of text and images, on gloo, and is
+compared with a plain PyTorch model of one process in float64 (`tests/reference.py`). Figures are relative errors:
 the worst of the steps' losses, of the losses by source, of the gradient norms before clipping; and the worst weight
 tensor after the last step. `make test` holds each of them to the limits in the table's last row.
 
 ## By axis
 
-The worst of all layouts that use it.
+The worst of all layouts that use it, in fp32.
 
 | | layouts | loss | loss by source | gradient norm | weights |
 |---|---|---|---|---|---|
 """
 AXES = (
-    "data", "tensor", "sequence_parallel", "pipeline", "virtual", "context", "expert", "zero", "offload", "recompute",
+    "data", "tensor", "sequence_parallel", "pipeline", "virtual", "first_stage_layers", "context", "expert", "engine",
+    "zero", "offload", "recompute", "compile",
 )  # fmt: skip
 CASE = """
 ## By layout
@@ -90,10 +91,14 @@ def sweep(tables: dict, scratch: Path) -> list[tuple[int, str, Errors]]:
 
 
 def report(folder: Path, found: list[tuple[int, str, Errors]], costs: list[dict]) -> None:
-    axes = {axis: [of for case, (_, _, of) in zip(CASES, found, strict=True) if axis in case.layout] for axis in AXES}
-    axes = {"one process": [of for ranks, _, of in found if ranks == 1]} | axes
+    fp32 = [(case, of) for case, (_, _, of) in zip(CASES, found, strict=True) if case.limits == TOLERANCE]
+    bf16 = [of for case, (_, _, of) in zip(CASES, found, strict=True) if case.limits == BF16]
+    axes = {"one process": [of for case, of in fp32 if case.ranks == 1]}
+    axes |= {axis: [of for case, of in fp32 if axis in case.layout] for axis in AXES}
+    axes |= {model: [of for case, of in fp32 if case.model == model] for model in ("tied", "experts", "capacity")}
     rows = {f"{axis} | {len(of)}": Errors(*map(max, zip(*of, strict=True))) for axis, of in axes.items()}
-    rows |= {f"limit of the tests | {len(found)}": TOLERANCE}
+    rows |= {f"limit of the tests | {len(fp32)}": TOLERANCE}
+    rows |= {f"bf16 | {len(bf16)}": Errors(*map(max, zip(*bf16, strict=True))), f"its limit | {len(bf16)}": BF16}
     cases = {f"{ranks} | {name}": of for ranks, name, of in found}
     text = HEAD + table(rows) + CASE + table(cases) + COST.format(rounds=costs[0]["rounds"], steps=costs[0]["steps"])
     for one in costs:

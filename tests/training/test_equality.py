@@ -1,13 +1,15 @@
 """Every layout computes what a plain PyTorch model computes in one process: loss, gradient norm, weights."""
 
 import functools
+import itertools
 import json
 
 import pytest
 
+from armillary.training.support import FEATURES, together
 from tests.conftest import free_port
 from tests.groups import in_group
-from tests.training.sweep import CASES, LAYOUTS, errors, plain, train_layouts
+from tests.training.sweep import CASES, LAYOUTS, errors, pairs, plain, train_layouts
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +29,13 @@ def reference(tables):
 def test_layout_equals_the_plain_model(case, trained, reference):
     found = errors(trained, case, reference(case.model, case.layout.get("micro_batch", 1)))
     assert all(got <= limit for got, limit in zip(found, case.limits, strict=True)), found
+
+
+def test_every_pair_that_the_matrix_allows_is_among_them():
+    """But for deterministic sums, whose tests compare bits, and for compilation, which is a rank's own affair."""
+    covered = set().union(*map(pairs, CASES))
+    for pair in itertools.combinations([name for name in FEATURES if name not in ("deterministic", "compile")], 2):
+        assert together(*pair) != [] or tuple(sorted(pair)) in covered, pair
 
 
 def test_the_cpu_stand_ins_are_called_where_they_are_known_to_be(trained):
