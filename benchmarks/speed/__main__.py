@@ -27,7 +27,8 @@ The trainer's whole step (batches, forward, backward, gradient buffers, clipping
 same dimensions and weights in plain PyTorch (`benchmarks/speed/plain.py`): {parameters:.1f} M parameters, {rows} rows
 of {length} positions of packed text and images a step. Both see the same batches and have the same losses at each
 step; the plain model's batches lie in memory, ours are built as it goes. Medians of {turns} turns of one step.
-Compiled are each layer of the plain model as a whole, and what lies between the products of ours (`training.compile`).
+Compiled are each layer of the plain model as a whole and its loss, and what lies between the products of ours
+(`training.compile`).
 
 | | tokens/s | plain PyTorch | ratio | bar |
 |---|---|---|---|---|

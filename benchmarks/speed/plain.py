@@ -64,6 +64,10 @@ def whole_image(q, k, v):
     return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
 
+def summed_loss(x, weight, labels, mask):
+    return (F.cross_entropy(F.linear(x, weight), labels, reduction="none") * mask).sum()
+
+
 class Plain(nn.Module):
     """Image encoder, projector and decoder of the dimensions in `config`."""
 
@@ -84,14 +88,15 @@ class Plain(nn.Module):
         text = (c.hidden_size, c.num_heads, c.num_query_groups, c.ffn_hidden_size, c.norm_eps)
         self.layers = nn.ModuleList(Layer(*text) for _ in range(c.depth))
         self.norm = nn.RMSNorm(c.hidden_size, c.norm_eps)
-        self.output = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        self.output, self.loss = nn.Linear(c.hidden_size, c.vocab_size, bias=False), summed_loss
         half = c.head_dim // 2
         self.register_buffer("frequency", c.rope_theta ** (-torch.arange(half) / half))
 
     def compile_layers(self) -> None:
-        """torch.compile, a layer at a time."""
+        """torch.compile, a layer at a time, and the loss with its product."""
         for layer in (*self.vision, *self.layers):
             layer.compile()
+        self.loss = torch.compile(summed_loss)
 
     def forward(self, batch: DeviceBatch, scale: float) -> torch.Tensor:
         """scale * the sum of the learned labels' cross entropy."""
@@ -114,8 +119,7 @@ class Plain(nn.Module):
 
         for layer in self.layers:
             x = layer(x, attend, table)
-        losses = F.cross_entropy(self.output(self.norm(x)), batch.labels_T, reduction="none")
-        return (losses * batch.loss_mask_T).sum() * scale
+        return self.loss(self.norm(x), self.output.weight, batch.labels_T, batch.loss_mask_T) * scale
 
     @torch.no_grad()
     def load(self, state: dict[str, torch.Tensor]) -> None:

@@ -44,6 +44,15 @@ def model():
     return model
 
 
+@pytest.fixture(scope="module")
+def experts():
+    join(Rank(), Layout())
+    capacity = {"num_experts": 4, "experts_per_token": 1, "capacity_factor": 0.5}
+    model = MultimodalModel(ModelConfig(**CONFIG.model_dump() | capacity))
+    initialize([model], seed=5)
+    return model
+
+
 def png(number):
     import io
 
@@ -136,6 +145,22 @@ def test_a_document_sees_neither_its_neighbours_nor_what_comes_after(model):
     changed = (before != after).any(-1).flatten().nonzero().flatten().tolist()
     assert changed == [stop - 1]
     assert start < stop - 1
+
+
+def test_experts_that_are_full_in_training_take_all_where_answers_are_given(experts):
+    """Else what stands beside a document, and behind a token, would decide what its experts make of it."""
+    tokens = torch.arange(2, 40) % 60
+    document = [encoded(tokens.tolist(), 9)]
+
+    def logits(*sequences):
+        with torch.no_grad():
+            return experts(inputs_of(packed(list(sequences), 70)))
+
+    experts.eval()
+    alone = logits(*document)[: len(tokens) - 1]
+    torch.testing.assert_close(logits(*document, *documents())[: len(alone)], alone)
+    experts.train()
+    assert not torch.allclose(logits(*document, *documents())[: len(alone)], alone), "some are full in training"
 
 
 def test_an_image_changes_what_comes_after_it(model):
