@@ -130,7 +130,7 @@ def _answer(job, given, machines, rows, tokens, top, explain, failing, as_json) 
         plans = [plan_layout(job.model, one.layout, step, machines, job.checkpoint.every) for one in found.ranked[:top]]
     best = plans[0]
     said = explained(best) if explain else None
-    sizes = _goodput(best, *failing) if failing else None
+    sizes = goodput_of(best, *failing) if failing else None
     if as_json:
         answer = {"plans": [one.as_dict(tokens) for one in plans], "rows": rows._asdict()}
         answer |= {"allowed": found.allowed, "fitting": len(found.ranked)} if found else {}
@@ -236,7 +236,7 @@ def rows_of(job) -> Rows:
     return Rows(images, document or length)
 
 
-def _goodput(plan, mtbf_hours: float, restart_seconds: float, plot: Path | None) -> list[dict]:
+def goodput_of(plan, mtbf_hours: float, restart_seconds: float, plot: Path | None) -> list[dict]:
     """How a long run of the plan's replicas fares from 1,000 to 100,000 GPUs."""
     from armillary.launcher.goodput_view import draw
     from armillary.planner.goodput import over_sizes

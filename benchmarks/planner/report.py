@@ -61,6 +61,23 @@ def markdown(answer: dict) -> str:
         "",
         "![memory, planned and published](planner-memory.png)",
         "",
+        "## Long runs",
+        "",
+        "Simulated, not measured: `benchmarks/planner/goodput.toml` on H100s, with 64 micro-batches for each replica",
+        "of 64 GPUs however many there are. Minutes; a failure costs what was done since the last checkpoint, half a",
+        "minute until it is noticed, and ten until the next step.",
+        "",
+        "| GPUs | between failures | a save | best interval | Young | Daly | goodput | with slow ranks |",
+        "|---|---|---|---|---|---|---|---|",
+        *(
+            f"| {one['gpus']:,} | {60 * one['mtbf_hours']:,.0f} | "
+            + " | ".join(f"{one[key] / 60:.3g}" for key in ("checkpoint_cost", "interval", "young", "daly"))
+            + f" | {one['goodput']:.1%} | {one['total']:.1%} |"
+            for one in answer["goodput"]
+        ),
+        "",
+        "![goodput from 1,000 to 100,000 H100s](planner-goodput.png)",
+        "",
         "## The worst rows",
         "",
         "| row | half | error |",
