@@ -34,7 +34,7 @@ demo: $(READY)
 
 # Whole runs wait more than they compute, and leave a processor to the interpreted kernels.
 test: $(READY) lint
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line test-runs test-interpreted
+	@PYTHONUNBUFFERED=1 $(MAKE) --no-print-directory --jobs=2 --output-sync=line test-runs test-interpreted
 
 test-runs: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
