@@ -175,8 +175,8 @@ class Layer(TransformerLayer):
 
 
 def compile_operations(model: torch.nn.Module) -> None:
-    """Have torch.compile make the norms, SwiGLUs and rotations of a model. Products stay Megatron-core's: of a whole
-    layer ranks may compile different parts, and then wait for each other's collectives."""
+    """Have torch.compile make the norms, SwiGLUs and rotations of a model. Products, with their collectives, stay
+    Megatron-core's: with whole layers compiled, tensor-parallel ranks were seen to wait for each other for ever."""
     for module in model.modules():
         if isinstance(module, RMSNorm | FeedForward | CoreAttention):
             module.operation = torch.compile(module.operation, dynamic=True)

@@ -150,8 +150,8 @@ def _one_layer(number: int, one: dict):
 
 
 def _megascale(number: int, one: dict):
-    """Not in the table, and assumed: a vocabulary of 64,000, six interleaved parts, micro-batches of one row, no
-    recomputation (FlashAttention); 200 Gb/s for each GPU."""
+    """Not in the table, and from memory of the paper: a vocabulary of 64,000, six interleaved parts, micro-batches of
+    one row, no recomputation (FlashAttention); 200 Gb/s for each GPU."""
     layout = Layout(
         data=one["dp"], tensor=one["tp"], pipeline=one["pp"], virtual=6, sequence_parallel=True, micro_batch=1
     )
