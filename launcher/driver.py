@@ -67,7 +67,8 @@ class _Ranks:
     results: list = field(default_factory=list)
     nodes: list[str] = field(default_factory=list)  # each rank's network address
     addresses: dict[int, str] = field(default_factory=dict)  # where each rank's metrics are
-    heard: list[int] = field(default_factory=list)
+    heard: list[int] = field(default_factory=list)  # how many messages of each rank were taken in
+    asked: dict = field(default_factory=dict)  # calls for news under way, and the rank of each
 
 
 def drive(run: Run, job: Job, until: int, resume: Path | None, view: View) -> Outcome:
@@ -218,10 +219,14 @@ def _watch(ranks: _Ranks, job: Job, run: Run, view: View, stop: _Stop, until: in
 
     asked, pending = 0, list(ranks.results)
     while pending:
-        done, pending = ray.wait(pending, num_returns=len(pending), timeout=POLL_SECONDS)
-        _listen(ranks, job, run, view)
+        _ask(ranks)
+        ready, _ = ray.wait([*pending, *ranks.asked], timeout=POLL_SECONDS)
+        _hear(ranks, [ref for ref in ready if ref in ranks.asked], job, run, view)
+        done = [ref for ref in ready if ref in pending]
+        pending = [ref for ref in pending if ref not in done]
         failures = _failures(ranks, done)
         if failures:
+            _hear_all(ranks, job, run, view)
             _fail(ranks, failures, pending, folder, run)
         if stop.count > asked:
             asked = stop.count
@@ -230,21 +235,27 @@ def _watch(ranks: _Ranks, job: Job, run: Run, view: View, stop: _Stop, until: in
             view.say("stopping after this step, with a checkpoint (again to stop at once)")
             for worker in ranks.workers:
                 worker.stop.remote()
-    _listen(ranks, job, run, view)
+    _hear_all(ranks, job, run, view)
     step = ray.get(ranks.results[0])
     return Outcome(step, interrupted=bool(asked) and step < until)
 
 
-def _listen(ranks: _Ranks, job: Job, run: Run, view: View) -> None:
-    """Take in what the ranks have to say; a rank that is gone says nothing.
+def _ask(ranks: _Ranks) -> None:
+    """Ask the ranks for news, unless they have yet to answer.
 
     Every rank says where its metrics are; the rest of the run's news is rank 0's alone.
     """
+    for rank, worker in enumerate(ranks.workers):
+        if rank not in ranks.asked.values() and (rank == 0 or rank not in ranks.addresses):
+            ranks.asked[worker.messages.remote(ranks.heard[rank])] = rank
+
+
+def _hear(ranks: _Ranks, answers: list, job: Job, run: Run, view: View) -> None:
+    """Take in what the ranks have to say; a rank that is gone says nothing."""
     import ray
 
-    talking = [rank for rank in range(len(ranks.workers)) if rank == 0 or rank not in ranks.addresses]
-    asked = {rank: ranks.workers[rank].messages.remote(ranks.heard[rank]) for rank in talking}
-    for rank, ref in asked.items():
+    for ref in answers:
+        rank = ranks.asked.pop(ref)
         try:
             messages = ray.get(ref, timeout=30)
         except ray.exceptions.RayError:
@@ -252,6 +263,13 @@ def _listen(ranks: _Ranks, job: Job, run: Run, view: View) -> None:
         ranks.heard[rank] += len(messages)
         for message in messages:
             _take(ranks, rank, message, job, run, view)
+
+
+def _hear_all(ranks: _Ranks, job: Job, run: Run, view: View) -> None:
+    """The answers under way, and what was said after them."""
+    _hear(ranks, list(ranks.asked), job, run, view)
+    _ask(ranks)
+    _hear(ranks, list(ranks.asked), job, run, view)
 
 
 def _take(ranks: _Ranks, rank: int, message: dict, job: Job, run: Run, view: View) -> None:

@@ -14,6 +14,7 @@ from armillary.launcher.placement import Failure
 from armillary.training.checkpoint.manifest import State
 
 COMMIT_TIMEOUT = 600.0
+NEWS_SECONDS = 1.0  # that figures of steps may wait: each answer to the driver takes time from the training
 
 
 class Worker:
@@ -25,6 +26,8 @@ class Worker:
         self._committed = threading.Event()
         self._messages: list[dict] = []
         self._heard = 0  # messages that the driver has taken in, and that are forgotten here
+        self._news = threading.Condition()
+        self._urgent = self._over = False  # whether the driver shall hear now, and whether there is nothing to wait for
         log.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         sys.stdout.flush()
@@ -66,12 +69,20 @@ class Worker:
             traceback.print_exc()
             sys.stderr.flush()
             return Failure(self._rank, type(error).__name__, str(error).strip().splitlines()[0] if str(error) else "")
+        finally:
+            self._ended()
 
     def messages(self, since: int) -> list[dict]:
-        """What this rank had to say after its first `since` messages; those are the driver's now."""
-        del self._messages[: since - self._heard]
-        self._heard = since
-        return list(self._messages)
+        """What this rank had to say after its first `since` messages; those are the driver's now.
+
+        Answers as soon as there is something to act on; without that, after NEWS_SECONDS.
+        """
+        with self._news:
+            del self._messages[: since - self._heard]
+            self._heard = since
+            self._news.wait_for(lambda: self._urgent, NEWS_SECONDS)
+            self._urgent = self._over
+            return list(self._messages)
 
     def stop(self) -> None:
         """End after the step in hand, with a checkpoint."""
@@ -91,12 +102,24 @@ class Worker:
 
     def saved(self, staging: Path, state: State) -> None:
         self._committed.clear()
-        self._say({"kind": "saved", "staging": str(staging), "state": state.model_dump(mode="json")})
+        self._say({"kind": "saved", "staging": str(staging), "state": state.model_dump(mode="json")}, urgent=True)
         if not self._committed.wait(COMMIT_TIMEOUT):
             raise RunError("the driver did not commit a checkpoint", staging, "see the driver's output")
 
     def _serving(self, address: str) -> None:
-        self._say({"kind": "serving", "address": address})
+        self._say({"kind": "serving", "address": address}, urgent=True)
 
-    def _say(self, message: dict) -> None:
-        self._messages.append(message)
+    def _say(self, message: dict, urgent: bool = False) -> None:
+        with self._news:
+            self._messages.append(message)
+            if urgent:
+                self._hurry()
+
+    def _ended(self) -> None:
+        with self._news:
+            self._over = True
+            self._hurry()
+
+    def _hurry(self) -> None:
+        self._urgent = True
+        self._news.notify_all()

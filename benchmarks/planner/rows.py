@@ -150,8 +150,8 @@ def _one_layer(number: int, one: dict):
 
 
 def _megascale(number: int, one: dict):
-    """Not in the table, and from memory of the paper: a vocabulary of 64,000, six interleaved parts, micro-batches of
-    one row, no recomputation (FlashAttention); 200 Gb/s for each GPU."""
+    """Not in the table: a vocabulary of 64,000, six interleaved parts (section 6.1), 200 Gb/s for each GPU (3.6). Not
+    printed at all, and assumed: micro-batches of one row, no recomputation."""
     layout = Layout(
         data=one["dp"], tensor=one["tp"], pipeline=one["pp"], virtual=6, sequence_parallel=True, micro_batch=1
     )
@@ -164,7 +164,8 @@ def _megascale(number: int, one: dict):
 
 
 def _torchtitan(number: int, one: dict):
-    """Llama 3.1 8B (Grattafiori et al. 2024, table 3). The page says of its H100s: 2.4 TB/s, 500 W, 400 Gb/s each."""
+    """Llama 3.1 8B (Grattafiori et al. 2024, table 3). The page says of its H100s: 2.4 TB/s, 500 W, 400 Gb/s each. Rows
+    of 8,192 positions are its train_configs/llama3_8b.toml's, and agree with the 33 to 39 % MFU that the page states."""
     h100 = cluster(find_gpu("h100"), one["gpus"])
     slower = (500 / 700) ** (1 / 3)  # a clock goes with the cube root of power
     machines = replace(
@@ -218,7 +219,8 @@ NANOTRON_DIMS = {  # hidden, layers, heads, MLP width, tied: found by the printe
 
 def _nanotron(number: int, one: dict):
     """Seconds from the printed MFU: nanotron's own count has whole attention, and 989 TFLOP/s for its peak. Rows of
-    4,096 positions on H100s (the table's note); AWS P5, 3,200 Gb/s for eight GPUs."""
+    4,096 positions on nodes of eight H100s (The Ultra-Scale Playbook, "Benchmarking thousands of configurations"); AWS
+    P5, 3,200 Gb/s for eight GPUs."""
     hidden, layers, heads, ffn, tied = NANOTRON_DIMS[one["params_b"]]
     vocab, seq = 131072, 4096
     token = layers * (8 * hidden**2 + 4 * hidden * seq + 6 * hidden * ffn) + 2 * hidden * vocab
