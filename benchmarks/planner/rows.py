@@ -165,7 +165,7 @@ def _megascale(number: int, one: dict):
 
 def _torchtitan(number: int, one: dict):
     """Llama 3.1 8B (Grattafiori et al. 2024, table 3). The page says of its H100s: 2.4 TB/s, 500 W, 400 Gb/s each. Rows
-    of 8,192 positions are its train_configs/llama3_8b.toml's, and agree with the 33 to 39 % MFU that the page states."""
+    of 8,192 positions are its train_configs/llama3_8b.toml's, and agree with the 33 to 39 % MFU that the page has."""
     h100 = cluster(find_gpu("h100"), one["gpus"])
     slower = (500 / 700) ** (1 / 3)  # a clock goes with the cube root of power
     machines = replace(
