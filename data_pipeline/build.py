@@ -18,7 +18,7 @@ import xxhash
 from armillary.data_pipeline.config import DataConfig
 from armillary.data_pipeline.dedup import copies
 from armillary.data_pipeline.encode import Encode, PartReport, Scan, encode_part, kept_documents, scan_part
-from armillary.data_pipeline.folder import is_url, open_folder
+from armillary.data_pipeline.folder import open_folder
 from armillary.data_pipeline.shards import (
     FORMAT,
     MANIFEST,
@@ -32,6 +32,7 @@ from armillary.data_pipeline.sources import parts_of
 from armillary.data_pipeline.tokenizer import Tokenizer
 from armillary.errors import DataError
 from armillary.files import write_whole
+from armillary.storage import is_url
 
 Say = Callable[[str], None]  # a line on what was done
 Each = Callable[[Callable, Iterable], Iterable]  # `map`, or one that works on many processors; any order

@@ -1,12 +1,10 @@
 """Where shards are: a folder of this machine, or a URL with a bounded cache on this machine before it."""
 
 import contextlib
-import errno
 import fcntl
 import functools
 import os
 import re
-import time
 import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,11 +16,9 @@ import xxhash
 
 from armillary.errors import DataError
 from armillary.files import sync
+from armillary.storage import is_url, tried
 
 CACHE_BYTES = 100 << 30
-TRIES = 5
-FIRST_WAIT = 0.5  # seconds before the second try, twice as long before each further one
-CREDENTIALS = "check the credentials, which come from the environment (AWS_PROFILE, for S3) on every machine"
 KEPT = re.compile(r"[0-9a-f]{16}-.+")  # a file of the cache: its checksum and its name
 PART = re.compile(r"\..+\.(\d+)\.part")  # one that is being fetched, with its size
 Result = TypeVar("Result")
@@ -63,11 +59,6 @@ def open_checked(folder: Folder, name: str, size: int, xxh3: str, what: str) -> 
     if (found := xxhash.xxh3_64_hexdigest(content)) != xxh3:
         raise DataError(f"{what} is corrupted: checksum {found}, manifest {xxh3}", folder.at(name), folder.remedy)
     return content
-
-
-def is_url(path: str) -> bool:
-    """Whether a path is on another machine."""
-    return "://" in path
 
 
 def checksum(path: Path) -> str:
@@ -206,26 +197,7 @@ class RemoteFolder:
                 total -= freed
 
     def _tried(self, name: str, action: Callable[[], Result]) -> Result:
-        """Do it, and again after a while where it fails; a file that is not there, or not ours to read, and a full disk
-        are no failures that pass."""
-        for number in range(TRIES):
-            try:
-                return action()
-            except (FileNotFoundError, DataError):
-                raise
-            except PermissionError as error:
-                raise DataError(f"the storage refuses it: {error}", self.at(name), CREDENTIALS) from None
-            except Exception as error:  # each protocol has its own kinds
-                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-                reason = str(error).strip() or type(error).__name__
-                if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
-                    raise DataError(f"the storage has no credentials: {reason}", self.at(name), CREDENTIALS) from None
-            if number < TRIES - 1:
-                time.sleep(FIRST_WAIT * 2**number)
-        raise DataError(
-            f"it could not be fetched, in {TRIES} tries: {reason}", self.at(name), "check the storage and the network"
-        )
+        return tried(action, self.at(name), DataError)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

@@ -14,7 +14,7 @@ from armillary.data_pipeline.batch import PackedBatch, assemble, joined
 from armillary.data_pipeline.config import DataConfig
 from armillary.data_pipeline.corpus import OPEN, Corpus
 from armillary.data_pipeline.cursor import Cursor
-from armillary.data_pipeline.folder import Folder, is_url, open_folder
+from armillary.data_pipeline.folder import Folder, open_folder
 from armillary.data_pipeline.images import ImageShape
 from armillary.data_pipeline.locate import Locator
 from armillary.data_pipeline.plan import Planner, Rows, cut
@@ -22,6 +22,7 @@ from armillary.data_pipeline.shards import Columns, Manifest, read_manifest, sch
 from armillary.data_pipeline.tokenizer import Tokenizer
 from armillary.data_pipeline.windows import Windows
 from armillary.errors import DataError
+from armillary.storage import is_url
 
 FETCHES = 8  # files that are fetched at once
 AHEAD = "fetch ahead"  # name of the thread that has the next block fetched

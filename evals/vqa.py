@@ -3,7 +3,6 @@
 import collections
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from armillary.data_pipeline.shards import Columns, schema_of
 from armillary.data_pipeline.sources.easy_vqa import Question, easy_vqa_questions, read_image
 from armillary.data_pipeline.tokenizer import Tokenizer
 from armillary.data_pipeline.write import record_batch
+from armillary.storage import Storage
 from armillary.training.config import TrainJob
 from armillary.training.delivery import DeviceBatch
 from armillary.training.inference import load_model
@@ -40,7 +40,7 @@ def has_questions(job: TrainJob) -> bool:
 
 @torch.no_grad()
 def evaluate(
-    checkpoint: Path,
+    checkpoint: Storage,
     tokenizer: Tokenizer,
     limit: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,

@@ -61,7 +61,7 @@ def compare(job_file: Path, machine, console: Console) -> tuple[float, float]:
         trainer = None
         try:
             trainer = Trainer(Assignment("calibration", job.train_job(), "", Rank(), staging, None, WARM_UP + STEPS))
-            seconds = [trainer.train_step(False)[0]["seconds"] for _ in range(WARM_UP + STEPS)]
+            seconds = [trainer.train_step()[0]["seconds"] for _ in range(WARM_UP + STEPS)]
         finally:
             if trainer is not None:
                 trainer.close()

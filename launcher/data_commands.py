@@ -29,12 +29,13 @@ def build(
     """Tokenize and encode the job's sources into Arrow shards. A build that was killed goes on where it stopped."""
     from armillary.data_pipeline.build import build as build_shards
     from armillary.data_pipeline.build import ensure_built
-    from armillary.data_pipeline.folder import is_url, open_folder
+    from armillary.data_pipeline.folder import open_folder
     from armillary.data_pipeline.shards import MANIFEST
     from armillary.data_pipeline.verify import check_files
     from armillary.launcher.job import load_job
     from armillary.launcher.spread import spread
     from armillary.launcher.train import say_built
+    from armillary.storage import is_url
 
     job, console = load_job(job_file, overrides).with_absolute_paths(), Console(stderr=True)
     if not force and (is_url(job.data.path) or (Path(job.data.path) / MANIFEST).exists()):

@@ -18,7 +18,8 @@ from armillary.launcher.job import Job
 from armillary.launcher.placement import Bundle, Failure, blame, place
 from armillary.launcher.progress import View
 from armillary.launcher.run import Run
-from armillary.training.checkpoint.commit import discard
+from armillary.storage import Storage
+from armillary.training.checkpoint.commit import sweep
 from armillary.training.checkpoint.manifest import State, read_manifest
 
 POLL_SECONDS = 0.1
@@ -63,6 +64,7 @@ def _signals() -> Iterator[_Stop]:
 class _Ranks:
     """The actors of one generation."""
 
+    generation: int
     workers: list = field(default_factory=list)
     results: list = field(default_factory=list)
     nodes: list[str] = field(default_factory=list)  # each rank's network address
@@ -71,7 +73,7 @@ class _Ranks:
     asked: dict = field(default_factory=dict)  # calls for news under way, and the rank of each
 
 
-def drive(run: Run, job: Job, until: int, resume: Path | None, view: View) -> Outcome:
+def drive(run: Run, job: Job, until: int, resume: Storage | None, view: View) -> Outcome:
     """Train from `resume` (None: from the start) to step `until` on Ray.
 
     Raises the ArmillaryError of the rank that failed first, with its log named. All processes are gone when it
@@ -85,7 +87,7 @@ def drive(run: Run, job: Job, until: int, resume: Path | None, view: View) -> Ou
         try:
             with cluster.connected(job.cluster.address, job.parallel.world_size) as gpus:
                 stop.listen()  # again: ray.init puts its own handler on SIGTERM
-                ranks = _Ranks()
+                ranks = _Ranks(number)
                 try:
                     _launch(ranks, job, gpus, run, number, folder, until, resume, stop)
                     view.say(f"{counted(job.parallel.world_size, 'rank')} started, logs in {folder / 'logs'}")
@@ -102,7 +104,8 @@ def drive(run: Run, job: Job, until: int, resume: Path | None, view: View) -> Ou
                 "free some space",
             ) from error
         finally:
-            discard(folder / "checkpoints")
+            with contextlib.suppress(ArmillaryError, OSError):  # what cannot be removed now is at the next start
+                sweep(run.store())
     run.event("ended", generation=number, step=outcome.step, interrupted=outcome.interrupted)
     return outcome
 
@@ -157,7 +160,7 @@ def _launch(
     number: int,
     folder: Path,
     until: int,
-    resume: Path | None,
+    resume: Storage | None,
     stop: _Stop,
 ) -> None:
     """Place the ranks, and give each its assignment."""
@@ -183,8 +186,8 @@ def _launch(
             "job_hash": job.hash(),
             "rank": {"rank": rank, "world_size": world, "local_rank": 0 if gpus else local, "address": address,
                      "port": port},
-            "staging": folder / "checkpoints",
-            "resume": resume,
+            "store": run.store_location(job.checkpoint),
+            "resume": resume.at() if resume else None,
             "until": until,
             "generation": number,
             "start_timeout": job.cluster.start_timeout,
@@ -285,10 +288,16 @@ def _take(ranks: _Ranks, rank: int, message: dict, job: Job, run: Run, view: Vie
             run.event("step", **{key: value for key, value in message.items() if key != "time"})
             view.step(message)
         case "saved":
-            state = State.model_validate(message["state"])
-            run.commit(Path(message["staging"]), state, len(ranks.workers))
-            ranks.workers[rank].committed.remote()
-            view.saved(state.step)
+            state, problem = State.model_validate(message["state"]), None
+            try:
+                run.commit(message["name"], state, ranks.generation, len(ranks.workers), job.checkpoint)
+                view.saved(state.step)
+            except (ArmillaryError, OSError) as error:
+                problem = str(error)
+            ranks.workers[rank].committed.remote(problem)
+        case "not saved":
+            run.event("not_saved", **message)
+            view.say(f"warning: no checkpoint of step {message['step']}: {message['reason']}")
 
 
 def _failures(ranks: _Ranks, done: list) -> list[Failure]:

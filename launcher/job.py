@@ -13,9 +13,9 @@ from typing import Any, Union, get_args, get_origin
 import tomli_w
 from pydantic import BaseModel, Field, ValidationError
 
-from armillary.data_pipeline.folder import is_url
 from armillary.data_pipeline.mixture import BLOCK_ROWS
 from armillary.errors import JobError
+from armillary.storage import is_url
 from armillary.table import Table
 from armillary.training.config import TrainJob
 from armillary.training.support import problems
@@ -49,7 +49,9 @@ class Job(TrainJob):
         """The same job from whatever folder it is resumed, on whatever node its ranks run."""
         sources = [source.model_copy(update={"path": _absolute(source.path)}) for source in self.data.sources]
         paths = {key: _absolute(getattr(self.data, key)) for key in ("path", "cache", "tokenizer")}
-        return self.model_copy(update={"data": self.data.model_copy(update=paths | {"sources": tuple(sources)})})
+        data = self.data.model_copy(update=paths | {"sources": tuple(sources)})
+        checkpoint = self.checkpoint.model_copy(update={"path": _absolute(self.checkpoint.path)})
+        return self.model_copy(update={"data": data, "checkpoint": checkpoint})
 
     def warnings(self) -> list[str]:
         """What is likely to be a mistake, or is missing on this machine, each with its key."""

@@ -215,8 +215,9 @@ def rows_of(job) -> Rows:
 
     The mean length stands for that of the document a position is in: documents of even length.
     """
-    from armillary.data_pipeline.folder import is_url, open_folder
+    from armillary.data_pipeline.folder import open_folder
     from armillary.data_pipeline.shards import read_manifest
+    from armillary.storage import is_url
 
     data, length = job.data, float(job.data.seq_length)
     if is_url(data.path) or not Path(data.path).exists():

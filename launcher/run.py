@@ -3,8 +3,8 @@
 job.toml             the resolved job          job.hash   its hash
 events.jsonl         what happened, one JSON object a line, appended
 lock                 held by the driver at work
-generations/000/     one launch of the ranks: their logs, and checkpoints in the making
-checkpoints/         committed checkpoints     latest     the name of the newest
+generations/000/     one launch of the ranks: their logs
+checkpoints/         a folder for each, and `latest`, which names the one to go on from; elsewhere by checkpoint.path
 data_manifest.json   the manifest of the shards that the run trains on, their tokenizer in it
 metrics_targets.json where the ranks' metrics are, for Prometheus' file_sd
 """
@@ -19,17 +19,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import xxhash
 from pydantic import ValidationError
 
 from armillary.data_pipeline.shards import Manifest
 from armillary.data_pipeline.tokenizer import Tokenizer
 from armillary.errors import CheckpointError, JobError
-from armillary.files import sync, write_whole
+from armillary.files import write_whole
 from armillary.launcher.job import Job, apply_overrides, read_toml, resolve
-from armillary.training.checkpoint.commit import commit, discard
+from armillary.storage import Storage, check_writable, open_storage
+from armillary.training.checkpoint.catalog import kept, listed
+from armillary.training.checkpoint.commit import commit, remove, sweep
 from armillary.training.checkpoint.manifest import MANIFEST, State
+from armillary.training.config import CheckpointConfig
 
 DATA_MANIFEST = "data_manifest.json"
+LATEST = "latest"
 
 
 @dataclass(frozen=True)
@@ -143,17 +148,25 @@ class Run:
 
     def new_generation(self) -> tuple[int, Path]:
         """The number and folder of the next launch of ranks. What earlier ones left half-saved is removed."""
-        for staging in (self.path / "generations").glob("*/checkpoints"):
-            discard(staging)
+        store = self.store()
+        check_writable(store)
+        sweep(store)
         number = sum(1 for _ in (self.path / "generations").glob("[0-9]*"))
         folder = self.path / "generations" / f"{number:03d}"
         (folder / "logs").mkdir(parents=True)
-        (folder / "checkpoints").mkdir()
         return number, folder
+
+    def store(self) -> Storage:
+        """The folder of the run's checkpoints."""
+        return open_storage(self.store_location(self.job().checkpoint), CheckpointError)
+
+    def store_location(self, config: CheckpointConfig) -> str:
+        """Where that is."""
+        return f"{config.path.rstrip('/')}/{self.path.name}" if config.path else str(self.path / "checkpoints")
 
     @property
     def has_checkpoint(self) -> bool:
-        return (self.path / "latest").exists()
+        return LATEST in self.store().sizes()
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -165,30 +178,40 @@ class Run:
                 raise JobError("the run is being trained already", self.path, "wait for it, or stop it") from None
             yield
 
-    def latest(self) -> Path:
-        """The newest committed checkpoint; CheckpointError where there is none."""
-        pointer = self.path / "latest"
+    def latest(self) -> Storage:
+        """The checkpoint to go on from; CheckpointError where there is none."""
+        store, other = self.store(), "`armillary checkpoint list` has the others"
         try:
-            name = pointer.read_text().strip()
+            pointer = bytes(store.read(LATEST))
         except FileNotFoundError:
             raise CheckpointError(
                 "the run has no checkpoint yet", self.path, "start again with `armillary train`, in another directory"
             ) from None
-        checkpoint = self.path / "checkpoints" / name
-        if Path(name).name != name or not (checkpoint / MANIFEST).exists():
-            raise CheckpointError("`latest` names no complete checkpoint", checkpoint, "see checkpoints/ for another")
-        return checkpoint
+        name = pointer.decode("ascii", "replace").partition(" ")[0]
+        if pointer != _pointer(name) or "/" in name or f"{name}/{MANIFEST}" not in store.sizes():
+            raise CheckpointError("`latest` names no complete checkpoint", store.at(LATEST), other)
+        return store.folder(name)
 
-    def commit(self, staging: Path, state: State, ranks: int) -> Path:
-        """Commit a checkpoint that `ranks` ranks wrote, and point `latest` to it."""
-        target = self.path / "checkpoints" / staging.name
-        if target.exists():  # a run resumed from an older checkpoint comes by this step again
-            shutil.rmtree(target)
-        commit(staging, target, state, ranks)
-        write_whole(self.path / "latest", target.name + "\n")
-        sync(self.path)
-        self.event("checkpoint", step=state.step, path=str(target.relative_to(self.path)))
-        return target
+    def commit(self, name: str, state: State, generation: int, ranks: int, keep: CheckpointConfig) -> None:
+        """Make a checkpoint of what `ranks` ranks of a generation wrote into the folder `name` of the store, point
+        `latest` to it, and remove those that need not be kept."""
+        store = self.store()
+        commit(store.folder(name), state, generation, ranks)
+        store.put(LATEST, _pointer(name))
+        self.event("checkpoint", step=state.step, path=store.at(name))
+        if keep.keep_last:
+            self.prune(keep)
+
+    def prune(self, keep: CheckpointConfig, dry_run: bool = False) -> list[str]:
+        """Remove the checkpoints that `keep` does not want, never the one that `latest` names; the folders of those."""
+        store, latest = self.store(), self.latest().at()
+        found = listed(store)
+        wanted = kept(found, keep.keep_last, keep.keep_every, keep.keep_best)
+        gone = [one.name for one in found if one.name not in wanted and store.at(one.name) != latest]
+        for name in () if dry_run else gone:
+            remove(store.folder(name))
+            self.event("pruned", path=store.at(name))
+        return [store.at(name) for name in gone]
 
     def write_targets(self, addresses: list[str]) -> None:
         """Tell Prometheus (file_sd) where each rank's metrics are."""
@@ -204,3 +227,8 @@ class Run:
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _pointer(name: str) -> bytes:
+    """What `latest` holds: a name, and a checksum that no other name has."""
+    return f"{name} {xxhash.xxh3_64_hexdigest(name.encode())}\n".encode()

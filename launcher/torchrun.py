@@ -22,15 +22,14 @@ from armillary.launcher.job import Job, load_job
 from armillary.launcher.progress import View
 from armillary.launcher.run import Run
 from armillary.launcher.train import check_readable, resumable_job, until_step
-from armillary.training.checkpoint.commit import discard
 from armillary.training.checkpoint.manifest import State, read_manifest
 
 
 class LocalObserver:
     """Rank 0 keeps the run's events and commits its checkpoints; every rank listens for SIGINT and SIGTERM."""
 
-    def __init__(self, run: Run, view: View, ranks: int):
-        self._run, self._view, self._ranks, self._stop = run, view, ranks, False
+    def __init__(self, run: Run, job: Job, generation: int, view: View):
+        self._run, self._job, self._generation, self._view, self._stop = run, job, generation, view, False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._request_stop)
 
@@ -44,9 +43,13 @@ class LocalObserver:
         self._run.event("step", **{key: value for key, value in record.items() if key != "time"})
         self._view.step(record)
 
-    def saved(self, staging: Path, state: State) -> None:
-        self._run.commit(staging, state, self._ranks)
+    def saved(self, name: str, state: State) -> None:
+        self._run.commit(name, state, self._generation, self._job.parallel.world_size, self._job.checkpoint)
         self._view.saved(state.step)
+
+    def not_saved(self, step: int, reason: str) -> None:
+        self._run.event("not_saved", step=step, reason=reason)
+        self._view.say(f"warning: no checkpoint of step {step}: {reason}")
 
 
 def main() -> None:
@@ -92,8 +95,7 @@ def train(job_file: Path, run_dir: Path, overrides: list[str], force: bool = Fal
         if rank.rank == 0:
             opened = _open(run_dir, job)
             stack.enter_context(opened.locked())
-            number, folder = opened.new_generation()
-            stack.callback(discard, folder / "checkpoints")
+            number, _ = opened.new_generation()
             plan += torch.tensor([number, opened.has_checkpoint], device=rank.device)
         dist.broadcast(plan, 0)
         generation, resumed = plan.tolist()
@@ -102,12 +104,11 @@ def train(job_file: Path, run_dir: Path, overrides: list[str], force: bool = Fal
             done = read_manifest(resume).state.step if resume else 0
             until_step(job, 0, done)
             opened.event("launch", generation=generation, layout=job.parallel.model_dump(), from_step=done, until=until)
-        staging = opened.path / "generations" / f"{generation:03d}" / "checkpoints"
         console = Console(stderr=True, quiet=rank.rank > 0)
         view = stack.enter_context(View(opened.path.name, until, console))
         if rank.rank == 0:
             view.say(f"resuming from step {done}" if resume else f"a new run: {opened.path}")
-        observer = LocalObserver(opened, view, rank.world_size)
+        observer = LocalObserver(opened, job, generation, view)
 
         def serving(address: str) -> None:
             addresses = _gathered(address, rank)
@@ -116,10 +117,11 @@ def train(job_file: Path, run_dir: Path, overrides: list[str], force: bool = Fal
 
         peak = peak_flops(job.training.precision)
         step = run(
-            Assignment(opened.path.name, job.train_job(), job.hash(), rank, staging, resume, until, generation, peak),
+            Assignment(opened.path.name, job.train_job(), job.hash(), rank, opened.store_location(job.checkpoint),
+                       resume.at() if resume else None, until, generation, peak),
             observer,
             serving,
-        )
+        )  # fmt: skip
         if rank.rank == 0:
             opened.event("ended", generation=generation, step=step, interrupted=step < until)
     leave()

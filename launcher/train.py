@@ -10,7 +10,7 @@ from rich.console import Console
 
 from armillary.data_pipeline.build import built, ensure_built
 from armillary.data_pipeline.cursor import Cursor
-from armillary.data_pipeline.folder import is_url, open_folder
+from armillary.data_pipeline.folder import open_folder
 from armillary.data_pipeline.loader import Loader
 from armillary.data_pipeline.mixture import BLOCK_ROWS, ORDER
 from armillary.data_pipeline.shards import read_manifest as read_data_manifest
@@ -24,6 +24,7 @@ from armillary.launcher.job import Job
 from armillary.launcher.plot import plot_loss
 from armillary.launcher.progress import View
 from armillary.launcher.run import Run
+from armillary.storage import Storage, is_url
 from armillary.training.checkpoint.manifest import read_manifest
 
 KEPT_BY_RESUME = ("model", "data")  # a change would make the checkpoint's tensors or cursor mean something else
@@ -129,14 +130,15 @@ def resumable_job(run: Run, job: Job) -> Job:
     state = read_manifest(run.latest()).state if run.has_checkpoint else None
     before, cursor = run.job(), state.cursor if state is not None else Cursor()
     free = {*FREE, "data.schedule"} if _planned(before, cursor) == _planned(job, cursor) else set(FREE)
+    changed = ["checkpoint.path"] if before.checkpoint.path != job.checkpoint.path else []
     for table in KEPT_BY_RESUME:
         old, new = getattr(before, table).model_dump(), getattr(job, table).model_dump()
-        changed = [name for key in new if new[key] != old[key] and (name := f"{table}.{key}") not in free]
-        if changed:
-            raise JobError(
-                f"a run cannot be resumed with another {', '.join(changed)}", run.path / "job.toml",
-                "leave it as it was, or start a new run",
-            )  # fmt: skip
+        changed += [name for key in new if new[key] != old[key] and (name := f"{table}.{key}") not in free]
+    if changed:
+        raise JobError(
+            f"a run cannot be resumed with another {', '.join(changed)}", run.path / "job.toml",
+            "leave it as it was, or start a new run",
+        )  # fmt: skip
     check_data(run, job)
     check_readable(job)
     return job
@@ -174,7 +176,7 @@ def until_step(job: Job, stop_at: int, done: int) -> int:
     return until
 
 
-def _train(run: Run, job: Job, until: int, checkpoint: Path | None, console: Console) -> Summary:
+def _train(run: Run, job: Job, until: int, checkpoint: Storage | None, console: Console) -> Summary:
     with View(run.path.name, until, console) as view:
         outcome = drive(run, job, until, checkpoint, view)
     summary = _summarise(run, job, outcome)
@@ -208,7 +210,7 @@ def _summarise(run: Run, job: Job, outcome: Outcome) -> Summary:
         tokens_per_second=round((len(steps) - 1) * job.tokens_per_step / seconds, 1) if seconds else 0.0,
         first_loss=curve[0]["loss"],
         last_loss=curve[-1]["loss"],
-        checkpoint=str(run.latest()),
+        checkpoint=run.latest().at(),
         metrics=str(run.targets_file),
         plot=str(plot_loss(run)),
     )

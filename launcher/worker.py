@@ -9,7 +9,7 @@ from pathlib import Path
 
 import ray
 
-from armillary.errors import ArmillaryError, RunError
+from armillary.errors import ArmillaryError, CheckpointError, RunError
 from armillary.launcher.placement import Failure
 from armillary.training.checkpoint.manifest import State
 
@@ -23,7 +23,7 @@ class Worker:
     def __init__(self, rank: int, log: Path):
         self._rank = rank
         self._stop = threading.Event()
-        self._committed = threading.Event()
+        self._committed, self._problem = threading.Event(), None
         self._messages: list[dict] = []
         self._heard = 0  # messages that the driver has taken in, and that are forgotten here
         self._news = threading.Condition()
@@ -88,11 +88,12 @@ class Worker:
         """End after the step in hand, with a checkpoint."""
         self._stop.set()
 
-    def committed(self) -> None:
-        """The driver has committed the checkpoint that `saved` announced."""
+    def committed(self, problem: str | None) -> None:
+        """The driver has committed the checkpoint that `saved` announced, or could not."""
+        self._problem = problem
         self._committed.set()
 
-    # What training.loop.Observer asks for.
+    # What training.saves.Observer asks for.
 
     def stop_requested(self) -> bool:
         return self._stop.is_set()
@@ -100,11 +101,16 @@ class Worker:
     def step_done(self, record: dict) -> None:
         self._say({"kind": "step", **record})
 
-    def saved(self, staging: Path, state: State) -> None:
+    def saved(self, name: str, state: State) -> None:
         self._committed.clear()
-        self._say({"kind": "saved", "staging": str(staging), "state": state.model_dump(mode="json")}, urgent=True)
+        self._say({"kind": "saved", "name": name, "state": state.model_dump(mode="json")}, urgent=True)
         if not self._committed.wait(COMMIT_TIMEOUT):
-            raise RunError("the driver did not commit a checkpoint", staging, "see the driver's output")
+            raise RunError("the driver did not commit a checkpoint", name, "see the driver's output")
+        if self._problem is not None:
+            raise CheckpointError(f"the checkpoint could not be committed: {self._problem}", name, "see to the storage")
+
+    def not_saved(self, step: int, reason: str) -> None:
+        self._say({"kind": "not saved", "step": step, "reason": reason}, urgent=True)
 
     def _serving(self, address: str) -> None:
         self._say({"kind": "serving", "address": address}, urgent=True)

@@ -27,13 +27,20 @@ def _enter(number: int, world: int, port: int, function: Callable[..., None], ar
     leave()
 
 
-def checkpoint_of(trainer, staging: Path, target: Path) -> None:
+def checkpoint_of(trainer, target: Path) -> None:
     """Save a trainer's state as a committed checkpoint. Collective."""
     import torch.distributed as dist
 
+    from armillary.storage import LocalStorage
     from armillary.training.checkpoint.commit import commit
+    from armillary.training.checkpoint.saver import Saver
 
-    folder, state = trainer.save()
-    if trainer.rank.rank == 0:
-        commit(folder, target, state, trainer.rank.world_size)
+    store, ranks = LocalStorage(target.parent), trainer.rank.world_size
+    saver = Saver(
+        store, 0, trainer.rank.rank, ranks, False, lambda name, state: commit(store.folder(name), state, 0, ranks)
+    )
+    saver.save(target.name, trainer.engine.state(), trainer.state())
+    saver.wait()
+    if (error := saver.failure()) is not None:
+        raise error
     dist.barrier()

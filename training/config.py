@@ -58,6 +58,15 @@ class CheckpointConfig(Table):
     """When the run's state is saved."""
 
     every: int = Field(200, ge=1, description="steps between checkpoints; one is also saved at the end and on Ctrl-C")
+    path: str = Field(
+        "", description="folder or URL (s3://bucket/folder) that gets a folder of them; empty: in the run's directory"
+    )
+    when_busy: Literal["wait", "skip"] = Field(
+        "wait", description="where the one before it is still being written: wait for it, or leave this one out"
+    )
+    keep_last: int = Field(0, ge=0, description="how many of the newest are kept; 0: all")
+    keep_every: int = Field(0, ge=0, description="of older ones, those whose step it divides are kept; 0: none")
+    keep_best: int = Field(0, ge=0, description="of older ones, so many with the lowest loss are kept")
 
 
 class MetricsConfig(Table):

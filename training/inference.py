@@ -1,11 +1,10 @@
 """A checkpoint's model, whole in this process, whatever layout it was trained on."""
 
-from pathlib import Path
-
 import torch
 
 from armillary.model.coordinates import placements
 from armillary.model.multimodal import MultimodalModel
+from armillary.storage import Storage
 from armillary.training.checkpoint.load import Reader
 from armillary.training.config import TrainJob
 from armillary.training.layout import Layout
@@ -14,7 +13,7 @@ from armillary.training.process_group import Rank, join
 
 
 @torch.no_grad()
-def load_model(checkpoint: Path) -> tuple[MultimodalModel, TrainJob]:
+def load_model(checkpoint: Storage) -> tuple[MultimodalModel, TrainJob]:
     """The model of a committed checkpoint in evaluation mode, on the GPU if there is one, and its job.
 
     CheckpointError where it is missing, incomplete, corrupted or of other dimensions than its job says.

@@ -6,10 +6,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
-import torch.distributed as dist
 
 from armillary.data_pipeline.cursor import Cursor
 from armillary.data_pipeline.mixture import ORDER
@@ -18,9 +16,9 @@ from armillary.model.coordinates import initialize, placements
 from armillary.model.flops import model_flops
 from armillary.model.layers import compile_operations
 from armillary.model.multimodal import MultimodalModel
+from armillary.storage import open_storage
 from armillary.training.checkpoint.load import Reader
 from armillary.training.checkpoint.manifest import MOMENTS, State
-from armillary.training.checkpoint.save import write_rank
 from armillary.training.config import TrainJob
 from armillary.training.delivery import Delivery
 from armillary.training.engines.canonical import CanonicalSums
@@ -29,40 +27,27 @@ from armillary.training.engines.shared import Engine
 from armillary.training.engines.zero import ZeroEngine
 from armillary.training.metrics import Metrics
 from armillary.training.process_group import Rank
-from armillary.training.step import train_step
+from armillary.training.saves import Observer, Saves
+from armillary.training.step import NO_FLAGS, Flags, train_step
 
 
 @dataclass(frozen=True)
 class Assignment:
     """What one rank is to do: which part of which run, from where, until when.
 
-    staging: folder for checkpoints in the making; resume: a committed checkpoint, or None for a new run;
-    until: the step to stop after; peak_flops: dense FLOP/s of this rank's device in the job's precision, 0 if unknown.
+    store: folder or URL of the run's checkpoints; resume: that of a committed one, or None for a new run; until: the
+    step to stop after; peak_flops: dense FLOP/s of this rank's device in the job's precision, 0 if unknown.
     """
 
     run: str
     job: TrainJob
     job_hash: str
     rank: Rank
-    staging: Path
-    resume: Path | None
+    store: str | Path
+    resume: str | Path | None
     until: int
     generation: int = 0
     peak_flops: float = 0.0
-
-
-class Observer(Protocol):
-    """Whoever started the ranks. Only rank 0's observer is told of steps and saves."""
-
-    def stop_requested(self) -> bool:
-        """Whether to end after the step in hand; one rank's yes ends all."""
-
-    def step_done(self, record: dict) -> None:
-        """A step's figures: step, time, loss, source_loss (of the sources it has tokens of), grad_norm,
-        learning_rate, tokens, model_flops (of this step, on all ranks), seconds and their parts."""
-
-    def saved(self, staging: Path, state: State) -> None:
-        """All ranks wrote a checkpoint into `staging`; commit it."""
 
 
 class Trainer:
@@ -78,17 +63,17 @@ class Trainer:
         self.engine = build_engine(self.stages, job)
         self.step, self.cursor, self.tokens, self.loss = 0, Cursor(), 0, math.nan
         if assignment.resume is not None:
-            self._load(Reader(assignment.resume))
+            self._load(Reader(open_storage(assignment.resume, CheckpointError)))
         self.data = Delivery(job, self.cursor, rank.rank, rank.device)
 
-    def train_step(self, stop: bool) -> tuple[dict, bool]:
-        """Do one step; its record, and whether the ranks agreed to stop after it."""
+    def train_step(self, flags: Flags = NO_FLAGS) -> tuple[dict, Flags]:
+        """Do one step; its record, and the flags that any rank raised."""
         started = time.perf_counter()
         step = next(self.data)
         waited = time.perf_counter() - started
         rate = self.job.optimizer.rate(self.step, self.job.training.steps)
         names = [source.name for source in self.job.data.sources]
-        result = train_step(self.stages, self.engine, step, len(names), rate, self.rank.device, stop)
+        result = train_step(self.stages, self.engine, step, len(names), rate, self.rank.device, flags)
         self.step, self.cursor, self.loss = self.step + 1, step.after, result.loss
         self.tokens += self.job.tokens_per_step
         record = {
@@ -106,14 +91,11 @@ class Trainer:
             "compute_seconds": result.compute_seconds,
             "reduce_seconds": result.reduce_seconds,
         }
-        return record, result.stop
+        return record, result.flags
 
-    def save(self) -> tuple[Path, State]:
-        """Write this rank's part of a checkpoint; all ranks have written theirs when it returns."""
-        folder = self.assignment.staging / f"step-{self.step:08d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        write_rank(folder, self.rank.rank, self.engine.state())
-        state = State(
+    def state(self) -> State:
+        """All but the tensors of a checkpoint of this step."""
+        return State(
             step=self.step,
             cursor=self.cursor,
             data_order=ORDER,
@@ -124,8 +106,15 @@ class Trainer:
             job=self.job.model_dump(mode="json"),
             saved_at=time.time(),
         )
-        dist.barrier()
-        return folder, state
+
+    def own_numbers(self) -> int:
+        """How many of the model's parameters this rank's part of a checkpoint holds."""
+        held = enumerate(placements(self.stages))
+        return sum(
+            sum(piece.size for piece in place.pieces) * math.prod(place.shape) // place.shape[place.axis]
+            for number, (_, place) in held
+            if number % place.turns == place.turn
+        )
 
     @property
     def first(self) -> bool:
@@ -191,11 +180,11 @@ def run(assignment: Assignment, observer: Observer, serving: Callable[[str], Non
 def _train(trainer: Trainer, observer: Observer, metrics: Metrics) -> None:
     """The step loop."""
     job, until = trainer.job, trainer.assignment.until
+    saves = Saves(trainer, observer, metrics)
     started, start = time.time(), trainer.step
     metrics.phase("train")
-    stop = trainer.step >= until
-    while not stop:
-        record, stop = trainer.train_step(observer.stop_requested())
+    while trainer.step < until:
+        record, flags = trainer.train_step(saves.flags(observer.stop_requested()))
         _count(metrics, record, job.tokens_per_step, job.parallel.world_size, trainer.assignment.peak_flops)
         metrics.checkpoint_interval.set((time.time() - started) / (trainer.step - start) * job.checkpoint.every)
         if trainer.first:
@@ -207,29 +196,10 @@ def _train(trainer: Trainer, observer: Observer, metrics: Metrics) -> None:
                 f"data up to row {record['cursor']['row']} of block {record['cursor']['block']}",
                 "resume from the last checkpoint with a lower optimizer.learning_rate",
             )
-        stop = stop or trainer.step >= until
-        if stop or trainer.step % job.checkpoint.every == 0:
-            metrics.phase("checkpoint")
-            _save(trainer, observer, metrics)
-            metrics.phase("train")
+        saves.after_step(flags, last=flags.stop or trainer.step >= until)
+        if flags.stop:
+            break
     metrics.phase("end")
-
-
-def _save(trainer: Trainer, observer: Observer, metrics: Metrics) -> None:
-    """Save and have it committed; RunError where a file cannot be written."""
-    before = time.perf_counter()
-    try:
-        folder, state = trainer.save()
-        if trainer.first:
-            observer.saved(folder, state)
-    except (OSError, CheckpointError, RunError) as error:
-        metrics.checkpoint_failures.inc()
-        if isinstance(error, OSError):
-            what = f"the checkpoint of step {trainer.step} could not be written: {error.strerror}"
-            raise RunError(what, error.filename or "", "free some space, then `armillary resume`") from error
-        raise
-    metrics.checkpoint_seconds.inc(time.perf_counter() - before)
-    metrics.checkpoint_time.set(time.time())
 
 
 def _count(metrics: Metrics, record: dict, tokens: int, ranks: int, peak_flops: float) -> None:

@@ -36,6 +36,10 @@ class Metrics:
         self.reduce_seconds = self._counter("reduce_seconds", "seconds in gradient reduction and the optimizer")
         self.data_wait_seconds = self._counter("data_wait_seconds", "seconds waiting for a batch")
         self.checkpoint_seconds = self._counter("checkpoint_seconds", "seconds that training stood still for a save")
+        self.checkpoint_write_seconds = self._counter(
+            "checkpoint_write_seconds",
+            "seconds from the beginning of a save to its end, mostly in the background",
+        )
         self.checkpoint_failures = self._counter("checkpoint_failures", "checkpoints that could not be saved")
         self.restarts = self._counter("restarts", "generations of this run before this one")
         self.loss = self._gauge("loss", "mean cross entropy of the last step's learned tokens, nats")
@@ -45,6 +49,7 @@ class Metrics:
         self.checkpoint_time = self._gauge(
             "checkpoint_last_success_timestamp_seconds", "when the last checkpoint was saved (Unix time)"
         )
+        self.checkpoint_bytes = self._gauge("checkpoint_bytes", "what this rank wrote of the last checkpoint")
         self.checkpoint_interval = self._gauge("checkpoint_interval_seconds", "expected seconds between checkpoints")
         self._phases = Gauge("armillary_train_phase", "1 for the phase that this rank is in",
                              ("run", "rank", "phase"), registry=self.registry)  # fmt: skip

@@ -4,6 +4,7 @@ import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,20 +17,35 @@ from armillary.training.delivery import DeviceStep
 from armillary.training.engines.shared import Engine
 
 
+class Flags(NamedTuple):
+    """What a rank has to say to all others; after a step, what any of them had: all decide alike by it.
+
+    stop: end after this step. saving: a checkpoint is still being written. failed: one could not be. full: there is no
+    room for another.
+    """
+
+    stop: bool = False
+    saving: bool = False
+    failed: bool = False
+    full: bool = False
+
+
+NO_FLAGS = Flags()
+
+
 @dataclass(frozen=True)
 class StepResult:
     """loss: mean cross entropy of the global batch's learned tokens (nats); grad_norm: global, before clipping.
 
     source_losses: the same over each source's tokens alone, None where the batch has none of it.
-    work: what went through the model, on all ranks. stop: some rank asked to end after this step. Seconds are this
-    rank's own.
+    work: what went through the model, on all ranks. flags: raised by any rank. Seconds are this rank's own.
     """
 
     loss: float
     source_losses: list[float | None]
     grad_norm: float
     work: Work
-    stop: bool
+    flags: Flags
     compute_seconds: float
     reduce_seconds: float
 
@@ -41,7 +57,7 @@ def train_step(
     sources: int,
     learning_rate: float,
     device: torch.device,
-    stop: bool,
+    flags: Flags = NO_FLAGS,
 ) -> StepResult:
     """Forward and backward of this rank's micro-batches, then reduce, clip and update. Collective over all ranks.
 
@@ -75,21 +91,22 @@ def train_step(
     computed = time.perf_counter()
     grad_norm = engine.step(learning_rate)
     first_tensor = parallel_state.get_tensor_model_parallel_rank() == 0
-    agreed = torch.zeros(2 * sources + 4, dtype=torch.float64, device=device)
+    sums_2S = [0.0] * 2 * sources
     if first_tensor and parallel_state.is_pipeline_last_stage():
-        agreed[:-4] = sum(sums).flatten()
+        sums_2S = sum(sums).flatten().tolist()
+    work = [0.0] * 3
     if first_tensor and parallel_state.is_pipeline_first_stage() and parallel_state.get_context_parallel_rank() == 0:
-        agreed[-4:-1] = torch.tensor([step.count * step.positions, step.pairs, step.images])
-    agreed[-1] = stop
+        work = [step.count * step.positions, step.pairs, step.images]
+    agreed = torch.tensor([*sums_2S, *work, *flags], dtype=torch.float64, device=device)
     dist.all_reduce(agreed)
-    *figures, positions, pairs, images, stops = agreed.tolist()
-    losses, weights = figures[:sources], figures[sources:]
+    figures = agreed.tolist()
+    losses, weights, rest = figures[:sources], figures[sources : 2 * sources], figures[2 * sources :]
     return StepResult(
         sum(losses) / (sum(weights) or 1.0),
         [loss / weight if weight else None for loss, weight in zip(losses, weights, strict=True)],
         grad_norm,
-        Work(positions, pairs, images),
-        stops > 0,
+        Work(*rest[:3]),
+        Flags(*(raised > 0 for raised in rest[3:])),
         computed - started,
         time.perf_counter() - computed,
     )

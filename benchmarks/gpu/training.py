@@ -60,7 +60,7 @@ def _measured(config: ModelConfig, positions: int, images: int, steps: int, devi
     for _ in range(3 + steps):
         begin = time.perf_counter()
         step = DeviceStep(float(positions), 0.0, 0.0, positions, 1, iter([batch]), Cursor())
-        result = train_step([model], engine, step, 1, optimizer.learning_rate, device, False)
+        result = train_step([model], engine, step, 1, optimizer.learning_rate, device)
         seconds.append(time.perf_counter() - begin)  # its figures are on the CPU, so that it is done
         losses.append(result.loss)
     median, gpu = statistics.median(seconds[3:]), device.type == "cuda"

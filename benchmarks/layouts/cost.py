@@ -44,7 +44,7 @@ def turns(rank: Rank, layout: dict, tables: dict, out: Path) -> None:
             seconds = []
             for _ in range(STEPS + WARM_UP):
                 begin = time.perf_counter()
-                trainer.train_step(False)
+                trainer.train_step()
                 seconds.append(time.perf_counter() - begin)
             trainer.close()
             found[deterministic].append(statistics.median(seconds[WARM_UP:]))

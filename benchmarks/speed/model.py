@@ -40,7 +40,7 @@ def measure(rank: Rank, tables: dict, compiled: bool, scratch: Path) -> None:
     turns = []
     for number, (weight, batches) in enumerate(held):
         rate = job.optimizer.rate(number, job.training.steps)
-        sides = {"ours": lambda: trainer.train_step(False)[0]["loss"]}
+        sides = {"ours": lambda: trainer.train_step()[0]["loss"]}
         sides["plain"] = functools.partial(other.step, batches, weight, rate)
         found = {side: timed(sides[side]) for side in sorted(sides, reverse=number % 2)}  # each goes first in turn
         (ours, loss), (theirs, expected) = found["ours"], found["plain"]

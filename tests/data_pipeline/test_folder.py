@@ -18,7 +18,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
 
-from armillary.data_pipeline import folder as folders
+from armillary import storage as storages
 from armillary.data_pipeline.build import build, ensure_built
 from armillary.data_pipeline.config import DataConfig
 from armillary.data_pipeline.cursor import Cursor
@@ -103,7 +103,7 @@ def storage(tmp_path_factory):
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.server_port}",
     }.items():  # fmt: skip
         patch.setenv(name, value)
-    patch.setattr(folders, "FIRST_WAIT", 0.01)
+    patch.setattr(storages, "FIRST_WAIT", 0.01)
     bucket = boto3.resource("s3").create_bucket(Bucket="bucket")
     for path in local.iterdir():
         bucket.upload_file(str(path), f"some/shards/{path.name}")
@@ -257,7 +257,7 @@ def test_a_storage_that_is_down_is_said_soon_and_fetching_ends_with_the_loader(s
     far = config_of(URL, tmp_path, shuffle_shards=1, seq_length=64)
     loader = Loader(far, SHAPE)
     proxy.faults = ["500"] * 10_000
-    with pytest.raises(DataError, match="could not be fetched"):
+    with pytest.raises(DataError, match="did not do it, in 5 tries"):
         next(loader.steps(Cursor(), 16, 8, 0, 1))
     assert 10_000 - len(proxy.faults) < 100
     loader.close()
@@ -316,7 +316,7 @@ def test_missing_credentials_are_said_at_once(storage, proxy, tmp_path, monkeypa
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
-    monkeypatch.setattr(folders, "FIRST_WAIT", 60)
+    monkeypatch.setattr(storages, "FIRST_WAIT", 60)
     S3FileSystem.clear_instance_cache()
     with pytest.raises(DataError, match="no credentials") as refused:
         read_manifest(open_folder(URL, str(tmp_path / "cache")))

@@ -46,9 +46,11 @@ def test_nothing_is_no_run(tmp_path):
 def test_a_run_without_checkpoint_says_so(run):
     with pytest.raises(CheckpointError, match="no checkpoint yet"):
         run.latest()
-    (run.path / "latest").write_text("../../elsewhere\n")
-    with pytest.raises(CheckpointError, match="no complete checkpoint"):
-        run.latest()
+    (run.path / "checkpoints").mkdir()
+    for text in ("../../elsewhere 0123456789abcdef\n", "step-00000001 0123456789abcdef\n", "", "\xff"):
+        (run.path / "checkpoints" / "latest").write_text(text)
+        with pytest.raises(CheckpointError, match="no complete checkpoint"):
+            run.latest()
 
 
 def test_overrides_change_the_layout_and_the_world_size_follows(run):
@@ -105,9 +107,9 @@ def test_generations_count_up(run):
 
 
 def test_what_a_killed_launch_left_half_saved_is_gone_with_the_next(run):
-    _, first = run.new_generation()
-    (first / "checkpoints" / "step-00000001").mkdir()
-    _, second = run.new_generation()
-    assert not (first / "checkpoints").exists()
-    assert (first / "logs").exists()
-    assert list((second / "checkpoints").iterdir()) == []
+    half = run.path / "checkpoints" / "step-00000001"
+    half.mkdir(parents=True)
+    for name in ("g000-r00000-000.bin", ".g000-r00001-000.bin.tmp", "g000-r00000.json"):
+        (half / name).write_bytes(b"something")
+    run.new_generation()
+    assert list((run.path / "checkpoints").iterdir()) == []

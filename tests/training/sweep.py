@@ -15,6 +15,7 @@ from armillary.launcher.job import resolve
 from armillary.model.config import ModelConfig
 from armillary.model.coordinates import placements
 from armillary.model.flops import Work, model_flops
+from armillary.storage import LocalStorage
 from armillary.training import cpu_runtime
 from armillary.training.checkpoint.load import Reader
 from armillary.training.layout import Layout
@@ -199,9 +200,9 @@ def train_layouts(rank, tables, out):
         torch.compiler.reset()  # what an earlier layout compiled
         join(rank, job.parallel)
         folder = folder_of(out, case)
-        trainer = Trainer(Assignment("test", job, "hash", rank, folder / "staging", None, STEPS))
-        records = [trainer.train_step(False)[0] for _ in range(STEPS)]
-        checkpoint_of(trainer, folder / "staging", folder / "checkpoint")
+        trainer = Trainer(Assignment("test", job, "hash", rank, folder, None, STEPS))
+        records = [trainer.train_step()[0] for _ in range(STEPS)]
+        checkpoint_of(trainer, folder / "checkpoint")
         trainer.close()
         compiled = torch._dynamo.utils.counters.pop("stats", {})
         assert bool(compiled.get("unique_graphs")) == job.training.compile
@@ -272,7 +273,7 @@ def errors(out: Path, case: Case, expected) -> Errors:
     """Of a trained case, from what `plain` gave for its model and micro-batch."""
     wanted, weights, after = expected
     folder = folder_of(out, case)
-    records, reader = json.loads((folder / "records.json").read_text()), Reader(folder / "checkpoint")
+    records, reader = json.loads((folder / "records.json").read_text()), Reader(LocalStorage(folder / "checkpoint"))
     assert reader.manifest.state.cursor == after
     assert {key.partition("/")[2] for key in reader.keys} == set(weights)
     by_source = []

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from armillary.storage import LocalStorage
 from armillary.training.checkpoint.load import Reader
 from armillary.training.engines.canonical import CanonicalSums, exact_norm
 from armillary.training.layout import Layout
@@ -63,9 +64,9 @@ def train(rank, tables, out):
         job = job.model_copy(update={"training": job.training.model_copy(update=training)})
         join(rank, job.parallel)
         folder = out / f"{ranks}-{model}-{number}"
-        trainer = Trainer(Assignment("test", job, "hash", rank, folder / "staging", None, STEPS))
-        records = [trainer.train_step(False)[0] for _ in range(STEPS)]
-        checkpoint_of(trainer, folder / "staging", folder / "checkpoint")
+        trainer = Trainer(Assignment("test", job, "hash", rank, folder, None, STEPS))
+        records = [trainer.train_step()[0] for _ in range(STEPS)]
+        checkpoint_of(trainer, folder / "checkpoint")
         trainer.close()
         if rank.rank == 0:
             (folder / "records.json").write_text(json.dumps(records))
@@ -98,7 +99,7 @@ def test_no_bit_depends_on_how_the_batch_is_shared(trained, case):
     found, wanted = (trained / "{}-{}-{}".format(*one) for one in (case, like(case)))
     for got, want in zip(*(json.loads((one / "records.json").read_text()) for one in (found, wanted)), strict=True):
         assert got["grad_norm"] == want["grad_norm"], got["step"]
-    states = [Reader(one / "checkpoint") for one in (found, wanted)]
+    states = [Reader(LocalStorage(one / "checkpoint")) for one in (found, wanted)]
     assert set(states[0].keys) == set(states[1].keys)
     assert not [key for key in states[1].keys if not torch.equal(states[0].whole(key), states[1].whole(key))]
 

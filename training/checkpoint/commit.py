@@ -2,11 +2,10 @@
 
 import itertools
 import math
-import shutil
-from pathlib import Path
+from collections.abc import Iterable
 
 from armillary.errors import CheckpointError
-from armillary.files import sync, write_whole
+from armillary.storage import Storage
 from armillary.training.checkpoint.manifest import (
     CHUNKS,
     FORMAT,
@@ -16,39 +15,69 @@ from armillary.training.checkpoint.manifest import (
     Manifest,
     State,
     fragment_name,
+    read_manifest,
+    to_bytes,
 )
 
 
-def commit(staging: Path, target: Path, state: State, ranks: int) -> None:
-    """Make a checkpoint of what `ranks` ranks wrote: check that it is whole, write the manifest, rename.
+def commit(folder: Storage, state: State, generation: int, ranks: int) -> None:
+    """Make a checkpoint of what `ranks` ranks of a generation wrote into a folder: check that it is whole, and put its
+    manifest there, which is read back. A checkpoint that was in the folder stays one until that moment.
 
-    Called by one process, after every rank is done. CheckpointError where something is missing or `target` exists.
+    Called by one process, after every rank is done. CheckpointError where something is missing.
     """
-    chunks: list[Chunk] = []
+    sizes, chunks = folder.sizes(), []
     for rank in range(ranks):
+        fragment = fragment_name(generation, rank)
         try:
-            chunks += CHUNKS.validate_json((staging / fragment_name(rank)).read_bytes())
+            chunks += CHUNKS.validate_json(bytes(folder.read(fragment)))
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"rank {rank} did not write its part: {error}", staging, "see its log") from None
-    _check_whole(chunks, staging)
-    manifest = Manifest(format=FORMAT, dtype="float32", state=state, chunks=tuple(chunks)).sealed()
-    write_whole(staging / MANIFEST, manifest.model_dump_json())
-    for rank in range(ranks):
-        (staging / fragment_name(rank)).unlink()
-    sync(staging)
-    if target.exists():
-        raise CheckpointError("a checkpoint of this step exists already", target, "keep it, or move it away")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging.rename(target)
-    sync(target.parent)
+            where = folder.at(fragment)
+            raise CheckpointError(f"rank {rank} did not write its part: {error}", where, "see its log") from None
+    ends: dict[str, int] = {}
+    for chunk in chunks:
+        ends[chunk.file] = max(ends.get(chunk.file, 0), chunk.offset + chunk.bytes)
+    for file, end in ends.items():
+        if sizes.get(file) != end:
+            found = f"a file has {sizes.get(file, 'no')} bytes where {end} were written"
+            raise CheckpointError(found, folder.at(file), "check the storage")
+    _check_whole(chunks, folder.at())
+    manifest = Manifest(format=FORMAT, dtype="float32", state=state, chunks=tuple(chunks))
+    folder.put(MANIFEST, to_bytes(manifest))
+    if read_manifest(folder) != manifest:
+        raise CheckpointError("the manifest is another one than was written", folder.at(), "check the storage")
+    _remove(folder, sizes.keys() - {*ends, MANIFEST})
 
 
-def discard(staging: Path) -> None:
-    """Remove a checkpoint that was not committed."""
-    shutil.rmtree(staging, ignore_errors=True)
+def remove(folder: Storage) -> None:
+    """Remove a checkpoint, or what a save that did not end has left."""
+    _remove(folder, folder.sizes())
 
 
-def _check_whole(chunks: list[Chunk], staging: Path) -> None:
+def sweep(store: Storage) -> None:
+    """Remove what saves that did not end have left in the folders of a store: every file that no manifest names."""
+    by_folder: dict[str, set[str]] = {}
+    for file in store.sizes():
+        folder, _, name = file.rpartition("/")
+        if folder:
+            by_folder.setdefault(folder, set()).add(name)
+    for name, files in by_folder.items():
+        folder, held = store.folder(name), set()
+        if MANIFEST in files:
+            try:
+                held = {MANIFEST, *(chunk.file for chunk in read_manifest(folder).chunks)}
+            except CheckpointError:
+                continue  # damaged: what is left of it may still be of use to someone
+        _remove(folder, files - held)
+
+
+def _remove(folder: Storage, files: Iterable[str]) -> None:
+    """The manifest first: what a crash leaves is no checkpoint."""
+    for file in sorted(files, key=lambda file: (file != MANIFEST, file)):
+        folder.remove(file)
+
+
+def _check_whole(chunks: list[Chunk], where: str) -> None:
     """Every tensor's chunks must tile it, and each weight have its moments: a missing part is noticed here."""
     by_key: dict[str, list[Chunk]] = {}
     for chunk in chunks:
@@ -56,16 +85,14 @@ def _check_whole(chunks: list[Chunk], staging: Path) -> None:
     for key, parts in by_key.items():
         size, held = math.prod(parts[0].global_shape), sum(math.prod(part.shape) for part in parts)
         if held != size or any(_overlap(a, b) for a, b in itertools.combinations(parts, 2)):
-            raise CheckpointError(
-                f"the chunks of {key} do not tile it: {held} of {size} numbers", staging, "save again"
-            )
+            raise CheckpointError(f"the chunks of {key} do not tile it: {held} of {size} numbers", where, "save again")
     names: dict[str, set[str]] = {}
     for key in by_key:
         part, _, name = key.partition("/")
         names.setdefault(name, set()).add(part)
     for name, parts_of_name in names.items():
         if parts_of_name != {"weight", *MOMENTS}:
-            raise CheckpointError(f"of {name} there is only {', '.join(sorted(parts_of_name))}", staging, "save again")
+            raise CheckpointError(f"of {name} there is only {', '.join(sorted(parts_of_name))}", where, "save again")
 
 
 def _overlap(a: Chunk, b: Chunk) -> bool:

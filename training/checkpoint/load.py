@@ -1,6 +1,6 @@
 """Loading: any layout takes from a checkpoint the parts that it holds."""
 
-from pathlib import Path
+from collections.abc import KeysView
 
 import numpy as np
 import torch
@@ -8,37 +8,49 @@ import xxhash
 
 from armillary.errors import CheckpointError
 from armillary.model.coordinates import Placement
-from armillary.training.checkpoint.manifest import Chunk, Manifest, read_manifest
+from armillary.storage import Storage
+from armillary.training.checkpoint.manifest import OTHER, Chunk, Manifest, read_manifest
 
 
 class Reader:
-    """Tensors of a committed checkpoint, by key and region; a chunk's checksum is verified each time it is read."""
+    """Tensors of a committed checkpoint, by key and region; a chunk's checksum is verified each time it is read.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.manifest: Manifest = read_manifest(folder)
+    For several threads at once.
+    """
+
+    def __init__(self, checkpoint: Storage):
+        self._files = checkpoint
+        self.manifest: Manifest = read_manifest(checkpoint)
         self._by_key: dict[str, list[Chunk]] = {}
         for chunk in self.manifest.chunks:
             self._by_key.setdefault(chunk.key, []).append(chunk)
 
     @property
-    def keys(self) -> list[str]:
+    def keys(self) -> KeysView[str]:
         """`<part>/<global name>` of every tensor."""
-        return list(self._by_key)
+        return self._by_key.keys()
+
+    def content(self, key: str) -> frozenset:
+        """Two tensors with the same content are equal; with another, they may be."""
+        return frozenset((chunk.start, chunk.shape, chunk.xxh3) for chunk in self._chunks(key))
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The shape of a global tensor."""
+        return self._chunks(key)[0].global_shape
 
     def whole(self, key: str) -> torch.Tensor:
         """The whole of a global tensor, float32."""
-        shape = self._chunks(key)[0].global_shape
+        shape = self.shape(key)
         return self.region(key, (0,) * len(shape), shape)
 
     def local(self, part: str, place: Placement) -> torch.Tensor:
         """What a rank holds of a global tensor, float32; CheckpointError where the shapes differ."""
         key = f"{part}/{place.name}"
-        shape = self._chunks(key)[0].global_shape
+        shape = self.shape(key)
         if shape != place.shape:
             raise CheckpointError(
                 f"{place.name} has shape {list(shape)} in the checkpoint, {list(place.shape)} in the model",
-                self.folder,
+                self._files.at(),
                 "resume with the model's own dimensions",
             )
         blocks = []
@@ -50,8 +62,12 @@ class Reader:
 
     def region(self, key: str, start: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
         """Rows [start, start + shape) of a global tensor, float32, gathered from the chunks that overlap it."""
+        chunks = self._chunks(key)
+        for chunk in chunks:
+            if (chunk.start, chunk.shape) == (start, shape):
+                return torch.from_numpy(self._read(chunk))
         out = np.empty(shape, np.float32)
-        for chunk in self._chunks(key):
+        for chunk in chunks:
             low = [max(a, b) for a, b in zip(start, chunk.start, strict=True)]
             high = [min(a + n, b + m) for a, n, b, m in zip(start, shape, chunk.start, chunk.shape, strict=True)]
             if all(a < b for a, b in zip(low, high, strict=True)):
@@ -62,18 +78,20 @@ class Reader:
 
     def _chunks(self, key: str) -> list[Chunk]:
         if key not in self._by_key:
-            raise CheckpointError(f"the checkpoint has no {key}", self.folder, "resume with the model's own dimensions")
+            where = self._files.at()
+            raise CheckpointError(f"the checkpoint has no {key}", where, "resume with the model's own dimensions")
         return self._by_key[key]
 
     def _read(self, chunk: Chunk) -> np.ndarray:
-        path, other = self.folder / chunk.file, "resume from another checkpoint of the run"
         try:
-            with open(path, "rb") as file:
-                file.seek(chunk.offset)
-                raw = file.read(chunk.bytes)
+            raw = self._files.read(chunk.file, chunk.offset, chunk.bytes)
         except OSError as error:
-            raise CheckpointError(f"a checkpoint's file cannot be read: {error.strerror}", path, other) from None
+            reason = error.strerror or "there is none"
+            where = self._files.at(chunk.file)
+            raise CheckpointError(f"a checkpoint's file cannot be read: {reason}", where, OTHER) from None
         found = xxhash.xxh3_64_hexdigest(raw)
         if found != chunk.xxh3:
-            raise CheckpointError(f"{chunk.key} is corrupted: checksum {found}, manifest {chunk.xxh3}", path, other)
-        return np.frombuffer(raw, np.float32).reshape(chunk.shape)
+            where = self._files.at(chunk.file)
+            raise CheckpointError(f"{chunk.key} is corrupted: checksum {found}, manifest {chunk.xxh3}", where, OTHER)
+        numbers = np.frombuffer(raw, np.float32).reshape(chunk.shape)
+        return numbers if numbers.flags.writeable else numbers.copy()

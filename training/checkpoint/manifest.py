@@ -1,15 +1,18 @@
 """What is in a checkpoint: the manifest, written last. Without it there is no checkpoint."""
 
 import json
-from pathlib import Path
+import re
+from pathlib import PurePosixPath
 
+import xxhash
 from pydantic import TypeAdapter, ValidationError
 
 from armillary.data_pipeline.cursor import Cursor
 from armillary.errors import CheckpointError
-from armillary.table import SealedTable, Table
+from armillary.storage import Storage
+from armillary.table import Table
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST = "manifest.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, saved with every weight
 
@@ -48,7 +51,7 @@ class State(Table):
     saved_at: float
 
 
-class Manifest(SealedTable):
+class Manifest(Table):
     """Chunks of dtype float32, which together tile every tensor, and the state."""
 
     format: int
@@ -57,29 +60,57 @@ class Manifest(SealedTable):
     chunks: tuple[Chunk, ...]
 
 
-def fragment_name(rank: int) -> str:
-    """The file that lists rank `rank`'s chunks until the commit."""
-    return f"rank-{rank:05d}.json"
+OTHER = "resume from another checkpoint of the run"
+SEAL = b',"xxh3":"'  # the last key of the text: the checksum of all before it
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a committed checkpoint; CheckpointError where there is none or it is damaged."""
-    path, other = folder / MANIFEST, "resume from another checkpoint of the run"
+def folder_name(step: int) -> str:
+    """The folder of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
+def part_name(generation: int, rank: int) -> str:
+    """How the files that a rank of a generation writes begin."""
+    return f"g{generation:03d}-r{rank:05d}"
+
+
+def fragment_name(generation: int, rank: int) -> str:
+    """The file that lists a rank's chunks until the commit."""
+    return f"{part_name(generation, rank)}.json"
+
+
+def to_bytes(manifest: Manifest) -> bytes:
+    """What is written: JSON, sealed by a checksum of its own bytes."""
+    body = manifest.model_dump_json().encode()[:-1]
+    return body + SEAL + _end(body)
+
+
+def _end(body: bytes) -> bytes:
+    return f'{xxhash.xxh3_64_hexdigest(body)}"}}'.encode()
+
+
+def read_manifest(checkpoint: Storage) -> Manifest:
+    """The manifest of a committed checkpoint; CheckpointError where there is none or a byte of it has changed."""
+    where = checkpoint.at(MANIFEST)
     try:
-        tables = json.loads(path.read_text())
-        if isinstance(tables, dict) and tables.get("format", FORMAT) != FORMAT:
-            raise CheckpointError(
-                f"the checkpoint is of format {tables['format']}, this version reads {FORMAT}", path,
-                "use the version that wrote it, or start a new run",
-            )  # fmt: skip
-        manifest = Manifest.model_validate(tables)
-    except FileNotFoundError:
-        raise CheckpointError("there is no complete checkpoint here", folder, other) from None
+        content = bytes(checkpoint.read(MANIFEST))
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError("there is no complete checkpoint here", checkpoint.at(), OTHER) from None
+    except OSError as error:
+        raise CheckpointError(f"the manifest cannot be read: {error.strerror}", where, "check the storage") from None
+    if (found := re.match(rb'\{"format":(\d+),', content)) and int(found[1]) != FORMAT:
+        raise CheckpointError(
+            f"the checkpoint is of format {int(found[1])}, this version reads {FORMAT}", where,
+            "use the version that wrote it, or start a new run",
+        )  # fmt: skip
+    body, _, end = content.rpartition(SEAL)
+    if end != _end(body):
+        raise CheckpointError("the manifest is damaged: its checksum does not fit", where, OTHER)
+    try:
+        manifest = Manifest.model_validate(json.loads(body + b"}"))
     except (ValidationError, ValueError) as error:
-        raise CheckpointError(f"the manifest cannot be read: {str(error).splitlines()[0]}", path, other) from None
-    if not manifest.intact:
-        raise CheckpointError("the manifest is damaged: its checksum does not fit", path, other)
+        raise CheckpointError(f"the manifest cannot be read: {str(error).splitlines()[0]}", where, OTHER) from None
     for chunk in manifest.chunks:
-        if Path(chunk.file).name != chunk.file:
-            raise CheckpointError(f"the manifest names a file outside its folder: {chunk.file}", path, other)
+        if PurePosixPath(chunk.file).name != chunk.file:
+            raise CheckpointError(f"the manifest names a file outside its folder: {chunk.file}", where, OTHER)
     return manifest
