@@ -13,6 +13,7 @@ from rich.table import Table
 from armillary import __version__
 from armillary.errors import ArmillaryError, JobError
 from armillary.launcher.arguments import Address, AsJson, Force, JobFile, Overrides, RunPath, StopAt, counted
+from armillary.launcher.checkpoint_commands import app as checkpoint_app
 from armillary.launcher.data_commands import app as data_app
 from armillary.launcher.kernel_commands import app as kernels_app
 from armillary.launcher.plan_commands import plan
@@ -27,6 +28,7 @@ job_app = typer.Typer(help="Look at job files.", no_args_is_help=True)
 eval_app = typer.Typer(help="Measure a trained model.", no_args_is_help=True)
 app.add_typer(job_app, name="job")
 app.add_typer(data_app, name="data")
+app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(eval_app, name="eval")
 app.add_typer(kernels_app, name="kernels")
 app.command()(plan)
@@ -56,6 +58,9 @@ def resume(
     run: RunPath,
     overrides: Overrides = (),
     stop_at: StopAt = 0,
+    from_step: Annotated[
+        int | None, typer.Option(help="go on from this step's checkpoint instead of the latest")
+    ] = None,
     address: Address = "",
     force: Force = False,
     as_json: AsJson = False,
@@ -63,7 +68,7 @@ def resume(
     """Go on with a run from its latest checkpoint, on any layout: parallel.tensor=1 parallel.pipeline=2."""
     from armillary.launcher.train import resume as go_on
 
-    _finish(go_on(run, _with_address(overrides, address), stop_at, _console(), force), as_json)
+    _finish(go_on(run, _with_address(overrides, address), stop_at, _console(), force, from_step), as_json)
 
 
 @job_app.command()

@@ -30,7 +30,7 @@ from armillary.launcher.job import Job, apply_overrides, read_toml, resolve
 from armillary.storage import Storage, check_writable, open_storage
 from armillary.training.checkpoint.catalog import kept, listed
 from armillary.training.checkpoint.commit import commit, remove, sweep
-from armillary.training.checkpoint.manifest import MANIFEST, State
+from armillary.training.checkpoint.manifest import MANIFEST, State, folder_name, read_manifest
 from armillary.training.config import CheckpointConfig
 
 DATA_MANIFEST = "data_manifest.json"
@@ -191,6 +191,13 @@ class Run:
         if pointer != _pointer(name) or "/" in name or f"{name}/{MANIFEST}" not in store.sizes():
             raise CheckpointError("`latest` names no complete checkpoint", store.at(LATEST), other)
         return store.folder(name)
+
+    def rewind(self, step: int) -> None:
+        """Let `latest` name the checkpoint of `step`; CheckpointError where there is none that can be read."""
+        store, name = self.store(), folder_name(step)
+        read_manifest(store.folder(name))
+        store.put(LATEST, _pointer(name))
+        self.event("rewound", step=step)
 
     def commit(self, name: str, state: State, generation: int, ranks: int, keep: CheckpointConfig) -> None:
         """Make a checkpoint of what `ranks` ranks of a generation wrote into the folder `name` of the store, point

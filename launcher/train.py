@@ -113,11 +113,20 @@ def start(job: Job, run_dir: Path | None, stop_at: int, console: Console, force:
             raise
 
 
-def resume(path: Path, overrides: list[str], stop_at: int, console: Console, force: bool = False) -> Summary:
-    """Go on with a run from its latest checkpoint, on the layout that the overrides ask for."""
+def resume(
+    path: Path,
+    overrides: list[str],
+    stop_at: int,
+    console: Console,
+    force: bool = False,
+    from_step: int | None = None,
+) -> Summary:
+    """Go on with a run from its latest checkpoint, or from that of a step, on the layout that the overrides ask for."""
     forced(os.environ.get(VARIABLE, ""))
     run = Run.open(path)
     with run.locked():
+        if from_step is not None:
+            run.rewind(from_step)
         job = resumable_job(run, run.job(overrides).with_absolute_paths())
         refuse_what_does_not_fit(job, force)
         checkpoint = run.latest()

@@ -22,8 +22,9 @@ class Killed(BaseException):
 class Disk:
     """Counts the operations that change something below `root`, of all threads, and dies at the one of number `end`.
 
-    Syncing takes no time here: what it is for is kept in mind. With POWER, writes to files that were not synced since are cut off, and of the renames, removals and new folders
-    whose folder was not synced since, some (by `seed`) have not happened.
+    Syncing takes no time here: what it is for is kept in mind. With POWER, writes to files that were not synced since
+    are cut off, and of the renames, removals and new folders whose folder was not synced since, some (by `seed`) have
+    not happened.
     """
 
     def __init__(self, root: Path, end: int = 0, mode: str = BEFORE, seed: int = 0):

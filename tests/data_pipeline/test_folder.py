@@ -1,12 +1,8 @@
 """Shards at a URL: moto's S3 over real HTTP, through a proxy that misbehaves when it is told to."""
 
-import http.client
-import http.server
 import multiprocessing
 import os
 import threading
-import time
-import urllib.parse
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +11,6 @@ import boto3
 import fsspec
 import numpy as np
 import pytest
-from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
 
 from armillary import storage as storages
@@ -30,60 +25,11 @@ from armillary.data_pipeline.shards import read_manifest
 from armillary.data_pipeline.verify import check_files, verify
 from armillary.errors import DataError
 from tests.conftest import SOURCES
+from tests.s3 import s3_server
 
 SHAPE = ImageShape(64, 16)
 BYTES = 1_000_000  # of a shard
 URL = "s3://bucket/some/shards"
-SET_ANEW = ("connection", "transfer-encoding", "date", "server")  # headers, by the proxy
-
-
-class Proxy(http.server.ThreadingHTTPServer):
-    """Passes requests on to the S3 server. `faults` are used up one by one by GETs of objects."""
-
-    def __init__(self, server: tuple[str, int]):
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.upstream, self.faults, self.got, self.lock = server, [], Counter(), threading.Lock()
-
-
-class _Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def _pass_on(self):
-        path = urllib.parse.unquote(self.path.partition("?")[0])
-        fault = None
-        if self.command == "GET" and path.endswith((".arrow", ".json")):
-            with self.server.lock:
-                self.server.got[path.rpartition("/")[2]] += 1
-                fault = self.server.faults.pop(0) if self.server.faults else None
-        if fault == "500":
-            return self._answer(500, {"Content-Length": "0"}, b"")
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        upstream = http.client.HTTPConnection(*self.server.upstream)
-        upstream.request(self.command, self.path, body, dict(self.headers))
-        answer = upstream.getresponse()
-        content = answer.read()
-        headers = {name: value for name, value in answer.getheaders() if name.lower() not in SET_ANEW}
-        if self.command != "HEAD":
-            headers["Content-Length"] = str(len(content))
-        if fault == "slow":
-            time.sleep(1)
-        if fault == "other":
-            content = bytes([content[0] ^ 1]) + content[1:]
-        return self._answer(answer.status, headers, content[: len(content) // 2] if fault == "cut" else content)
-
-    def _answer(self, status, headers, content):
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(content)
-        if len(content) != int(headers.get("Content-Length", 0)) and self.command != "HEAD":
-            self.close_connection = True
-
-    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _pass_on
-
-    def log_message(self, *_):
-        """Nothing."""
 
 
 @pytest.fixture(scope="module")
@@ -91,26 +37,11 @@ def storage(tmp_path_factory):
     """Shards in a bucket; the proxy before it."""
     local = tmp_path_factory.mktemp("built") / "shards"
     build(DataConfig(path=str(local), sources=SOURCES, shard_bytes=BYTES))
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    proxy = Proxy(server.get_host_and_port())
-    threading.Thread(target=proxy.serve_forever, daemon=True).start()
-    patch = pytest.MonkeyPatch()
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "hush", "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_MAX_ATTEMPTS": "1",
-        "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",  # or no changed byte would come as far as our checksum
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.server_port}",
-    }.items():  # fmt: skip
-        patch.setenv(name, value)
-    patch.setattr(storages, "FIRST_WAIT", 0.01)
-    bucket = boto3.resource("s3").create_bucket(Bucket="bucket")
-    for path in local.iterdir():
-        bucket.upload_file(str(path), f"some/shards/{path.name}")
-    yield local, proxy
-    proxy.shutdown()
-    server.stop()
-    patch.undo()
+    with s3_server() as proxy:
+        bucket = boto3.resource("s3").Bucket("bucket")
+        for path in local.iterdir():
+            bucket.upload_file(str(path), f"some/shards/{path.name}")
+        yield local, proxy
 
 
 @pytest.fixture

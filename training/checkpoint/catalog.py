@@ -53,7 +53,7 @@ def kept(found: Iterable[Entry], last: int, every: int, best: int) -> set[str]:
     """Which of the committed checkpoints are to be kept, by name: the newest `last` (all where that is 0), those whose
     step `every` divides (none where it is 0), the `best` of lowest loss, and damaged ones, for who looks into them."""
     found = list(found)
-    whole = sorted((one for one in found if one.state is not None), key=lambda one: one.state.step)
+    whole = sorted((one for one in found if one.state is not None), key=lambda one: one.state.saved_at)
     if not last:
         return {one.name for one in found}
     chosen = [one for one in found if one.state is None] + whole[-last:]
