@@ -161,8 +161,8 @@ class RemoteStorage:
             raise self._error("there is no such bucket", self._url, "create it, or name another") from None
 
     def read(self, name: str, offset: int = 0, size: int | None = None) -> Bytes:
-        end = None if size is None else offset + size
-        return tried(lambda: self._files.cat_file(self._path(name), offset, end), self.at(name), self._error)
+        part = {} if size is None and not offset else {"start": offset, "end": None if size is None else offset + size}
+        return tried(lambda: self._files.cat_file(self._path(name), **part), self.at(name), self._error)
 
     def sizes(self) -> dict[str, int]:
         found = tried(lambda: self._files.find(self._root, detail=True), self.at(), self._error)
