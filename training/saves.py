@@ -1,5 +1,6 @@
 """When a run's state is saved, and what becomes of it. All ranks decide alike: by flags that every step shares."""
 
+import sys
 import time
 from typing import Protocol
 
@@ -45,7 +46,8 @@ class Saves:
             self._store, assignment.generation, rank.rank, rank.world_size, rank.device.type == "cuda", observer.saved
         )
         self._size = self._sum(4 * (1 + len(MOMENTS)) * trainer.own_numbers())  # bytes of a checkpoint
-        self._failures, self._began = 0, 0.0  # in a row; when the save under way did, 0: there is none
+        self._failures = 0  # in a row
+        self._began, self._step = 0.0, 0  # when the save under way did, 0: there is none; and of which step it is
 
     def flags(self, stop: bool) -> Flags:
         """What this rank has to say in the next step."""
@@ -65,9 +67,11 @@ class Saves:
         self._metrics.phase("checkpoint")
         before = time.perf_counter()
         if flags.full and not last:
-            self._failed(f"there is no room for {self._size:,} bytes in {self._store.at()}")
+            self._failed(step, f"there is no room for {self._size:,} bytes in {self._store.at()}")
         elif flags.saving and self._config.when_busy == "skip" and not last:
-            self._tell(f"the one before it is still being written after {time.perf_counter() - self._began:.0f} s")
+            self._tell(
+                step, f"the one before it is still being written after {time.perf_counter() - self._began:.0f} s"
+            )
         else:
             self._finish()
             self._begin()
@@ -80,7 +84,7 @@ class Saves:
 
     def _begin(self) -> None:
         trainer = self._trainer
-        self._began = time.perf_counter()
+        self._began, self._step = time.perf_counter(), trainer.step
         self._saver.save(folder_name(trainer.step), trainer.engine.state(), trainer.state())
         self._metrics.checkpoint_bytes.set(self._saver.bytes)
 
@@ -106,19 +110,23 @@ class Saves:
         self._saver.give_up()
         self._saver.wait()
         error, self._began = self._saver.failure(), 0.0
-        self._failed("another rank's part could not be written: see its log" if error is None else str(error))
+        if error is not None:
+            print(f"no checkpoint of step {self._step}: {error}", file=sys.stderr, flush=True)
+        self._failed(
+            self._step, "another rank's part could not be written: see its log" if error is None else str(error)
+        )
 
-    def _failed(self, reason: str) -> None:
+    def _failed(self, step: int, reason: str) -> None:
         self._failures += 1
         self._metrics.checkpoint_failures.inc()
-        self._tell(reason)
+        self._tell(step, reason)
         if self._failures == MOST_FAILURES:
             what = f"{MOST_FAILURES} checkpoints in a row could not be saved: {reason}"
             raise RunError(what, self._store.at(), "see to the storage, then `armillary resume`")
 
-    def _tell(self, reason: str) -> None:
+    def _tell(self, step: int, reason: str) -> None:
         if self._first:
-            self._observer.not_saved(self._trainer.step, reason)
+            self._observer.not_saved(step, reason)
 
     def _sum(self, number: float) -> int:
         """Of all ranks."""

@@ -93,11 +93,12 @@ class Saver:
             self._written.set()
 
     def _await_others(self, folder: Storage) -> None:
-        wanted = {fragment_name(self._generation, rank) for rank in range(self._ranks)}
+        wanted = {fragment_name(self._generation, rank): rank for rank in range(self._ranks)}
         deadline = time.monotonic() + SLOWEST
-        while missing := wanted - folder.sizes().keys():
+        while missing := wanted.keys() - folder.sizes().keys():
             if self._given_up.wait(LOOK_SECONDS) or time.monotonic() > deadline:
-                raise CheckpointError("a rank did not write its part", folder.at(min(missing)), "see its log")
+                rank = wanted[min(missing)]
+                raise CheckpointError(f"rank {rank} did not write its part", folder.at(min(missing)), "see its log")
 
 
 def _write(folder: Storage, file: str, content: memoryview, chunks: list[dict]) -> list[Chunk]:
