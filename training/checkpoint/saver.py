@@ -36,11 +36,13 @@ class Saver:
     def save(self, name: str, states: Iterable[tuple[Placement, dict[str, torch.Tensor]]], state: State) -> None:
         """Begin to save into the folder `name`; returns when `states` may change again. Collective over data ranks."""
         assert not self.busy
-        self._snapshot.take(states)
         self._given_up.clear()
         self._written.clear()
-        self._thread = threading.Thread(target=self._run, args=(name, state), name=f"save {name}", daemon=True)
+        taken = threading.Event()  # a thread that starts takes its time before it lets the one go on that started it
+        self._thread = threading.Thread(target=self._run, args=(name, state, taken), name=f"save {name}", daemon=True)
         self._thread.start()
+        self._snapshot.take(states)
+        taken.set()
 
     @property
     def busy(self) -> bool:
@@ -76,7 +78,8 @@ class Saver:
         if self._thread is not None:
             self._thread.join()
 
-    def _run(self, name: str, state: State) -> None:
+    def _run(self, name: str, state: State, taken: threading.Event) -> None:
+        taken.wait()
         folder = self._store.folder(name)
         try:
             with ThreadPoolExecutor(WRITERS) as pool:

@@ -8,7 +8,7 @@ import xxhash
 from armillary.model.coordinates import Placement
 from armillary.training.checkpoint.manifest import Chunk
 
-FILE_BYTES = 256 << 20  # of a file, or one chunk where that is larger: what is written, and tried again, as one
+FILE_BYTES = 64 << 20  # of a file, or one chunk where that is larger: what is written, and tried again, as one
 ALIGNMENT = 64
 
 
