@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,7 @@ class Placement:
     """A local tensor's place in the global tensor `name` of `shape`: the whole of every axis but `axis`.
 
     `turns` ranks hold the same values, of which this one is number `turn`; -1: a copy that a pipeline's last stage has
-    of the first one's embedding.
+    of the first one's embedding. alike: tensor-parallel ranks are among them.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Placement:
     pieces: tuple[Piece, ...]
     turn: int
     turns: int
+    alike: bool
 
 
 def split_axis(size: int, parts: int, rank: int, stride: int) -> tuple[Piece, ...]:
@@ -45,6 +47,48 @@ def split_axis(size: int, parts: int, rank: int, stride: int) -> tuple[Piece, ..
     """
     step = size // (parts * stride)
     return tuple(Piece((j * parts + rank) * step, j * step, step) for j in range(stride))
+
+
+class Block(NamedTuple):
+    """Rows [start, start + tensor.shape) of the global tensor `name` of `shape`."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: tuple[int, ...]
+    tensor: torch.Tensor
+
+
+def blocks(place: Placement, flat: torch.Tensor, begin: int = 0) -> Iterator[Block]:
+    """The blocks that a part of a local tensor consists of: views of `flat`, its numbers from `begin` on, in order."""
+    shape = list(place.shape)
+    shape[place.axis] = sum(piece.size for piece in place.pieces)
+    done = 0
+    for start, size in boxes(begin, begin + len(flat), tuple(shape)):
+        box = flat[done : done + math.prod(size)].view(size)
+        done += math.prod(size)
+        low, high = start[place.axis], start[place.axis] + size[place.axis]
+        for piece in place.pieces:
+            first, last = max(low, piece.at), min(high, piece.at + piece.size)
+            if first < last:
+                there = list(start)
+                there[place.axis] = piece.start + first - piece.at
+                yield Block(place.name, place.shape, tuple(there), box.narrow(place.axis, first - low, last - first))
+
+
+def boxes(low: int, high: int, shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(start, size) of the boxes that the numbers [low, high) of a row-major array of `shape` are, in order."""
+    if low >= high:
+        return
+    row = math.prod(shape[1:])
+    first, rows = low // row, high // row - low // row
+    if low % row or not rows:  # a part of a row
+        end = min(high, (first + 1) * row)
+        for start, size in boxes(low - first * row, end - first * row, shape[1:]):
+            yield (first, *start), (1, *size)
+    else:
+        end = (first + rows) * row
+        yield (first,) + (0,) * (len(shape) - 1), (rows, *shape[1:])
+    yield from boxes(end, high, shape)
 
 
 def placements(stages: Sequence[MultimodalModel]) -> Iterator[tuple[torch.nn.Parameter, Placement]]:
@@ -64,7 +108,7 @@ def local_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
 
 
 def _placement(name: str, parameter: torch.nn.Parameter, stage: MultimodalModel) -> Placement:
-    shape, axis, ranks, rank, stride = list(local_shape(parameter)), 0, 1, 0, 1
+    shape, axis, ranks, rank, stride, alike = list(local_shape(parameter)), 0, 1, 0, 1, False
     if getattr(parameter, "of_experts", False):
         ranks = parallel_state.get_expert_model_parallel_world_size()
         rank, group = parallel_state.get_expert_model_parallel_rank(), parallel_state.get_expert_data_parallel_group()
@@ -74,12 +118,12 @@ def _placement(name: str, parameter: torch.nn.Parameter, stage: MultimodalModel)
         rank = parallel_state.get_tensor_model_parallel_rank()
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     else:
-        group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+        group, alike = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True), True
     shape[axis] *= ranks
     turn, turns = dist.get_rank(group), dist.get_world_size(group)
     if stage.model.tied_embeddings and name == "output.weight":
         name, turn = "embedding.weight", -1
-    return Placement(name, tuple(shape), axis, split_axis(shape[axis], ranks, rank, stride), turn, turns)
+    return Placement(name, tuple(shape), axis, split_axis(shape[axis], ranks, rank, stride), turn, turns, alike)
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ def checkpoint_of(trainer, target: Path) -> None:
     saver = Saver(
         store, 0, trainer.rank.rank, ranks, False, lambda name, state: commit(store.folder(name), state, 0, ranks)
     )
-    saver.save(target.name, trainer.engine.state(), trainer.state())
+    saver.save(target.name, trainer.engine.state(), trainer.engine.live, trainer.state())
     saver.wait()
     if (error := saver.failure()) is not None:
         raise error

@@ -18,7 +18,7 @@ from armillary.model.layers import compile_operations
 from armillary.model.multimodal import MultimodalModel
 from armillary.storage import open_storage
 from armillary.training.checkpoint.load import Reader
-from armillary.training.checkpoint.manifest import MOMENTS, State
+from armillary.training.checkpoint.manifest import State
 from armillary.training.config import TrainJob
 from armillary.training.delivery import Delivery
 from armillary.training.engines.canonical import CanonicalSums
@@ -66,14 +66,16 @@ class Trainer:
             self._load(Reader(open_storage(assignment.resume, CheckpointError)))
         self.data = Delivery(job, self.cursor, rank.rank, rank.device)
 
-    def train_step(self, flags: Flags = NO_FLAGS) -> tuple[dict, Flags]:
+    def train_step(
+        self, flags: Flags = NO_FLAGS, before_update: Callable[[], None] = lambda: None
+    ) -> tuple[dict, Flags]:
         """Do one step; its record, and the flags that any rank raised."""
         started = time.perf_counter()
         step = next(self.data)
         waited = time.perf_counter() - started
         rate = self.job.optimizer.rate(self.step, self.job.training.steps)
         names = [source.name for source in self.job.data.sources]
-        result = train_step(self.stages, self.engine, step, len(names), rate, self.rank.device, flags)
+        result = train_step(self.stages, self.engine, step, len(names), rate, self.rank.device, flags, before_update)
         self.step, self.cursor, self.loss = self.step + 1, step.after, result.loss
         self.tokens += self.job.tokens_per_step
         record = {
@@ -107,15 +109,6 @@ class Trainer:
             saved_at=time.time(),
         )
 
-    def own_numbers(self) -> int:
-        """How many of the model's parameters this rank's part of a checkpoint holds."""
-        held = enumerate(placements(self.stages))
-        return sum(
-            sum(piece.size for piece in place.pieces) * math.prod(place.shape) // place.shape[place.axis]
-            for number, (_, place) in held
-            if number % place.turns == place.turn
-        )
-
     @property
     def first(self) -> bool:
         """Whether this is the rank that the observer hears from."""
@@ -127,11 +120,9 @@ class Trainer:
     def _load(self, checkpoint: Reader) -> None:
         state = checkpoint.manifest.state
         self.step, self.cursor, self.tokens, self.loss = state.step, state.cursor, state.tokens, state.loss
-        parts = ("weight", *MOMENTS)
-        states = {
-            place.name: {part: checkpoint.local(part, place).to(self.rank.device) for part in parts}
-            for _, place in placements(self.stages)
-        }
+        states = checkpoint.states(place for _, place in placements(self.stages))
+        for parts in states.values():
+            parts.update((part, tensor.to(self.rank.device)) for part, tensor in parts.items())
         self.engine.load_state(states, state.step)
 
 
@@ -184,7 +175,7 @@ def _train(trainer: Trainer, observer: Observer, metrics: Metrics) -> None:
     started, start = time.time(), trainer.step
     metrics.phase("train")
     while trainer.step < until:
-        record, flags = trainer.train_step(saves.flags(observer.stop_requested()))
+        record, flags = trainer.train_step(saves.flags(observer.stop_requested()), saves.before_update)
         _count(metrics, record, job.tokens_per_step, job.parallel.world_size, trainer.assignment.peak_flops)
         metrics.checkpoint_interval.set((time.time() - started) / (trainer.step - start) * job.checkpoint.every)
         if trainer.first:

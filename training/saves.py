@@ -1,5 +1,6 @@
 """When a run's state is saved, and what becomes of it. All ranks decide alike: by flags that every step shares."""
 
+import math
 import sys
 import time
 from typing import Protocol
@@ -8,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from armillary.errors import CheckpointError, RunError
+from armillary.model.coordinates import local_shape, placements
 from armillary.storage import open_storage
 from armillary.training.checkpoint.manifest import MOMENTS, State, folder_name
 from armillary.training.checkpoint.saver import Saver
@@ -45,7 +47,12 @@ class Saves:
         self._saver = Saver(
             self._store, assignment.generation, rank.rank, rank.world_size, rank.device.type == "cuda", observer.saved
         )
-        self._size = self._sum(4 * (1 + len(MOMENTS)) * trainer.own_numbers())  # bytes of a checkpoint
+        own = (
+            math.prod(local_shape(parameter)) / place.turns
+            for parameter, place in placements(trainer.stages)
+            if place.turn >= 0
+        )
+        self._size = self._sum(4 * (1 + len(MOMENTS)) * sum(own))  # bytes of a checkpoint
         self._failures = 0  # in a row
         self._began, self._step = 0.0, 0  # when the save under way did, 0: there is none; and of which step it is
 
@@ -85,8 +92,14 @@ class Saves:
     def _begin(self) -> None:
         trainer = self._trainer
         self._began, self._step = time.perf_counter(), trainer.step
-        self._saver.save(folder_name(trainer.step), trainer.engine.state(), trainer.state())
+        self._saver.save(folder_name(trainer.step), trainer.engine.state(), trainer.engine.live, trainer.state())
         self._metrics.checkpoint_bytes.set(self._saver.bytes)
+
+    def before_update(self) -> None:
+        """What is being saved must not change before it is copied."""
+        before = time.perf_counter()
+        self._saver.wait_copied()
+        self._metrics.checkpoint_seconds.inc(time.perf_counter() - before)
 
     def _finish(self) -> None:
         """Wait for the save under way, if there is one. Collective."""
@@ -132,4 +145,4 @@ class Saves:
         """Of all ranks."""
         total = torch.tensor(number, dtype=torch.float64, device=self._trainer.rank.device)
         dist.all_reduce(total)
-        return int(total)
+        return round(total.item())

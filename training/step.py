@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -58,10 +58,11 @@ def train_step(
     learning_rate: float,
     device: torch.device,
     flags: Flags = NO_FLAGS,
+    before_update: Callable[[], None] = lambda: None,
 ) -> StepResult:
     """Forward and backward of this rank's micro-batches, then reduce, clip and update. Collective over all ranks.
 
-    sources: how many sources the batch's tokens may be of.
+    sources: how many sources the batch's tokens may be of. before_update: called when all is ready to change weights.
     """
     started = time.perf_counter()
     data_ranks = parallel_state.get_data_parallel_world_size()
@@ -89,6 +90,7 @@ def train_step(
             engine.backward(total, last=number == step.count - 1)
             sums.append(report(total)[2])
     computed = time.perf_counter()
+    before_update()
     grad_norm = engine.step(learning_rate)
     first_tensor = parallel_state.get_tensor_model_parallel_rank() == 0
     sums_2S = [0.0] * 2 * sources

@@ -7,7 +7,7 @@ import torch
 
 from armillary.data_pipeline.cursor import Cursor
 from armillary.launcher.run import Run
-from armillary.model.coordinates import Placement, split_axis
+from armillary.model.coordinates import Block, Placement, blocks, split_axis
 from armillary.training.checkpoint.catalog import listed, verify
 from armillary.training.checkpoint.load import Reader
 from armillary.training.checkpoint.manifest import MOMENTS, State, folder_name
@@ -25,18 +25,17 @@ def numbers(name: str, part: str, value: int) -> torch.Tensor:
     return (torch.arange(count) + 1000.0 * value + 100_000.0 * PARTS.index(part)).view(SHAPES[name])
 
 
-def states(rank: int, value: int) -> Iterator[tuple[Placement, dict[str, torch.Tensor]]]:
-    """What an engine gives: one tensor that is split over the ranks, and one that all have."""
+def states(rank: int, value: int) -> Iterator[tuple[str, Block]]:
+    """What an engine gives: one tensor that is split by rows, gate and up apart, and one in flat shards."""
     pieces = split_axis(8, RANKS, rank, stride=2)
     rows = torch.cat([torch.arange(piece.start, piece.start + piece.size) for piece in pieces])
-    yield (
-        Placement("split", SHAPES["split"], 0, pieces, 0, 1),
-        {part: numbers("split", part, value)[rows] for part in PARTS},
-    )
-    yield (
-        Placement("whole", SHAPES["whole"], 0, split_axis(3, 1, 0, 1), rank, RANKS),
-        {part: numbers("whole", part, value) for part in PARTS},
-    )
+    split = Placement("split", SHAPES["split"], 0, pieces, 0, 1, False)
+    whole = Placement("whole", SHAPES["whole"], 0, split_axis(3, 1, 0, 1), 0, 1, True)
+    shard = slice(0, 10) if rank == 0 else slice(10, 21)
+    for part in PARTS:
+        yield from ((part, block) for block in blocks(split, numbers("split", part, value)[rows].view(-1)))
+        flat = numbers("whole", part, value).view(-1)[shard]
+        yield from ((part, block) for block in blocks(whole, flat, shard.start))
 
 
 def save(run: Run, generation: int, step: int, value: int, keep: CheckpointConfig, dead: Callable[[], bool]) -> None:
@@ -51,7 +50,7 @@ def save(run: Run, generation: int, step: int, value: int, keep: CheckpointConfi
         step=step, cursor=Cursor(), data_order=1, tokens=value, loss=1.0, run="run", job_hash="", job={}, saved_at=0.0
     )
     for rank, saver in enumerate(savers):
-        saver.save(folder_name(step), states(rank, value), state)
+        saver.save(folder_name(step), states(rank, value), False, state)
     while any(saver.busy for saver in savers):
         if dead():
             for saver in savers:

@@ -3,6 +3,7 @@
 import errno
 import json
 import threading
+import time
 
 import pytest
 
@@ -11,6 +12,7 @@ from armillary.launcher.job import resolve
 from armillary.storage import LocalStorage
 from armillary.training.checkpoint.commit import commit
 from armillary.training.checkpoint.load import Reader
+from armillary.training.checkpoint.snapshot import Snapshot
 from armillary.training.loop import Assignment, run
 from armillary.training.process_group import Rank, join
 from tests.conftest import free_port
@@ -133,6 +135,21 @@ def test_a_slow_save_holds_what_was_true_at_its_step(tables, tmp_path, monkeypat
     else:
         assert watcher.saved_steps == [2, 4, 6]
         assert watcher.missed == []
+    for step in watcher.saved_steps:
+        assert contents(tmp_path / "slow", step) == contents(tmp_path / "quick", step)
+
+
+def test_nothing_changes_before_it_is_copied(tables, tmp_path, monkeypatch):
+    train(tables, tmp_path / "quick")
+    real = Snapshot.copy
+
+    def copy(self):
+        time.sleep(0.3)
+        real(self)
+
+    monkeypatch.setattr(Snapshot, "copy", copy)
+    watcher = train(tables, tmp_path / "slow")
+    assert watcher.saved_steps == [2, 4, 6]
     for step in watcher.saved_steps:
         assert contents(tmp_path / "slow", step) == contents(tmp_path / "quick", step)
 

@@ -1,6 +1,7 @@
 """Loading: any layout takes from a checkpoint the parts that it holds."""
 
-from collections.abc import KeysView
+from collections.abc import Iterable, KeysView
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -9,7 +10,9 @@ import xxhash
 from armillary.errors import CheckpointError
 from armillary.model.coordinates import Placement
 from armillary.storage import Storage
-from armillary.training.checkpoint.manifest import OTHER, Chunk, Manifest, read_manifest
+from armillary.training.checkpoint.manifest import MOMENTS, OTHER, Chunk, Manifest, read_manifest
+
+READERS = 4  # tensors at once
 
 
 class Reader:
@@ -29,6 +32,16 @@ class Reader:
     def keys(self) -> KeysView[str]:
         """`<part>/<global name>` of every tensor."""
         return self._by_key.keys()
+
+    def states(self, places: Iterable[Placement]) -> dict[str, dict[str, torch.Tensor]]:
+        """What a rank holds of the weights and moments at `places`, for Engine.load_state."""
+        wanted = [(place, part) for place in places for part in ("weight", *MOMENTS)]
+        found: dict[str, dict[str, torch.Tensor]] = {}
+        with ThreadPoolExecutor(READERS) as pool:
+            tensors = pool.map(lambda one: self.local(one[1], one[0]), wanted)
+            for (place, part), tensor in zip(wanted, tensors, strict=True):
+                found.setdefault(place.name, {})[part] = tensor
+        return found
 
     def content(self, key: str) -> frozenset:
         """Two tensors with the same content are equal; with another, they may be."""
@@ -58,7 +71,7 @@ class Reader:
             start, size = [0] * len(shape), list(shape)
             start[place.axis], size[place.axis] = piece.start, piece.size
             blocks.append(self.region(key, tuple(start), tuple(size)))
-        return torch.cat(blocks, place.axis)
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks, place.axis)
 
     def region(self, key: str, start: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
         """Rows [start, start + shape) of a global tensor, float32, gathered from the chunks that overlap it."""

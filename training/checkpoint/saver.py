@@ -5,10 +5,8 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
-import torch
-
 from armillary.errors import CheckpointError
-from armillary.model.coordinates import Placement
+from armillary.model.coordinates import Block
 from armillary.storage import Storage
 from armillary.training.checkpoint.manifest import CHUNKS, Chunk, State, fragment_name, part_name
 from armillary.training.checkpoint.snapshot import Snapshot, sealed
@@ -31,18 +29,20 @@ class Saver:
         self._snapshot = Snapshot(part_name(generation, rank), pinned)
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        self._given_up, self._written = threading.Event(), threading.Event()
+        self._given_up, self._copied, self._written = threading.Event(), threading.Event(), threading.Event()
 
-    def save(self, name: str, states: Iterable[tuple[Placement, dict[str, torch.Tensor]]], state: State) -> None:
-        """Begin to save into the folder `name`; returns when `states` may change again. Collective over data ranks."""
+    def save(self, name: str, tensors: Iterable[tuple[str, Block]], live: bool, state: State) -> None:
+        """Begin to save `tensors` (see Engine.state) and `state` into the folder `name`. Those that are `live` must not
+        change until `wait_copied` has returned. Collective over data ranks."""
         assert not self.busy
+        self._copied.clear()
         self._given_up.clear()
         self._written.clear()
-        taken = threading.Event()  # a thread that starts takes its time before it lets the one go on that started it
-        self._thread = threading.Thread(target=self._run, args=(name, state, taken), name=f"save {name}", daemon=True)
+        planned = threading.Event()  # a thread that starts takes its time before it lets the one go on that started it
+        self._thread = threading.Thread(target=self._run, args=(name, state, planned), name=f"save {name}", daemon=True)
         self._thread.start()
-        self._snapshot.take(states)
-        taken.set()
+        self._snapshot.plan(tensors, live)
+        planned.set()
 
     @property
     def busy(self) -> bool:
@@ -68,6 +68,11 @@ class Saver:
         """Wait no longer for other ranks: one of them has failed."""
         self._given_up.set()
 
+    def wait_copied(self) -> None:
+        """Until live tensors may change."""
+        if self._thread is not None:
+            self._copied.wait()
+
     def wait_written(self) -> None:
         """Until this rank has written its own share, or failed to."""
         if self._thread is not None:
@@ -78,10 +83,12 @@ class Saver:
         if self._thread is not None:
             self._thread.join()
 
-    def _run(self, name: str, state: State, taken: threading.Event) -> None:
-        taken.wait()
+    def _run(self, name: str, state: State, planned: threading.Event) -> None:
+        planned.wait()
         folder = self._store.folder(name)
         try:
+            self._snapshot.copy()
+            self._copied.set()
             with ThreadPoolExecutor(WRITERS) as pool:
                 files = pool.map(lambda file: _write(folder, *file), self._snapshot.files())
                 chunks = [chunk for file in files for chunk in file]
@@ -93,6 +100,7 @@ class Saver:
         except Exception as error:  # raised where training hears of it, see failure()
             self._error = error
         finally:
+            self._copied.set()
             self._written.set()
 
     def _await_others(self, folder: Storage) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 import torch
 import xxhash
 
-from armillary.model.coordinates import Placement
+from armillary.model.coordinates import Block
 from armillary.training.checkpoint.manifest import Chunk
 
 FILE_BYTES = 64 << 20  # of a file, or one chunk where that is larger: what is written, and tried again, as one
@@ -23,31 +23,42 @@ class Snapshot:
         self._memory: list[torch.Tensor] = []  # uint8, of a file each
         self._used: list[int] = []  # bytes of them that hold something
         self._chunks: list[list[dict]] = []  # of each file, all but their checksums
+        self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []  # to be made: where to, of what
+        self._ready: torch.cuda.Event | None = None  # when what is to be copied is there
 
-    def take(self, states: Iterable[tuple[Placement, dict[str, torch.Tensor]]]) -> None:
-        """Copy this rank's share of `states` (see Engine.state). Collective over data ranks.
+    def plan(self, state: Iterable[tuple[str, Block]], live: bool) -> None:
+        """Find a place for every block of a state (see Engine.state), and copy it: at once, or where it is live, when
+        `copy` is called."""
+        self._used, self._chunks, self._copies = [], [], []
+        for part, block in state:
+            size, shape = 4 * block.tensor.numel(), tuple(block.tensor.shape)
+            at = self._room(size)
+            self._chunks[-1].append({
+                "key": f"{part}/{block.name}", "global_shape": block.shape, "start": block.start, "shape": shape,
+                "file": self._name(len(self._used) - 1), "offset": at, "bytes": size,
+            })  # fmt: skip
+            room = self._memory[len(self._used) - 1][at : at + size].view(torch.float32).view(shape)
+            self._copies.append((room, block.tensor))
+            if not live:
+                self.copy()
+        self._ready = torch.cuda.Event() if self._pinned else None
+        if self._ready is not None:
+            self._ready.record()
 
-        Ranks that hold the same values take turns.
-        """
-        self._used, self._chunks = [], []
-        for number, (place, parts) in enumerate(states):
-            if number % place.turns != place.turn:
-                continue
-            for part, tensor in parts.items():
-                for piece in place.pieces:
-                    block = tensor.narrow(place.axis, piece.at, piece.size)
-                    start = [0] * block.ndim
-                    start[place.axis] = piece.start
-                    at = self._room(4 * block.numel())
-                    self._chunks[-1].append({
-                        "key": f"{part}/{place.name}", "global_shape": place.shape, "start": tuple(start),
-                        "shape": tuple(block.shape), "file": self._name(len(self._used) - 1), "offset": at,
-                        "bytes": 4 * block.numel(),
-                    })  # fmt: skip
-                    room = self._memory[len(self._used) - 1][at : at + 4 * block.numel()]
-                    room.view(torch.float32).view(block.shape).copy_(block, non_blocking=True)
-        if self._pinned:
-            torch.cuda.current_stream().synchronize()
+    def copy(self) -> None:
+        """Make the copies that are left; from any thread."""
+        if self._pinned and self._copies:
+            stream = torch.cuda.Stream(self._copies[0][1].device)
+            with torch.cuda.stream(stream):
+                if self._ready is not None:
+                    stream.wait_event(self._ready)
+                for room, tensor in self._copies:
+                    room.copy_(tensor, non_blocking=True)
+            stream.synchronize()
+        else:
+            for room, tensor in self._copies:
+                room.copy_(tensor)
+        self._copies = []
 
     @property
     def bytes(self) -> int:

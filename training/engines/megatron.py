@@ -11,11 +11,12 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.param_and_grad_buffer import shard_buffer
 
 from armillary.kernels.adamw import AdamW
-from armillary.model.coordinates import Placement, placements
+from armillary.model.coordinates import Block, blocks, placements
 from armillary.model.multimodal import MultimodalModel
 from armillary.training.checkpoint.manifest import MOMENTS
 from armillary.training.config import OptimizerConfig
@@ -47,6 +48,7 @@ class MegatronEngine:
     """See the module. Gradients are summed over ranks as they are."""
 
     replicas = 1  # the loss is multiplied by this
+    live = True
 
     def __init__(
         self, stages: Sequence[MultimodalModel], config: OptimizerConfig, sums: CanonicalSums | None, data_ranks: int
@@ -115,21 +117,26 @@ class MegatronEngine:
                 canonical.reduce_scatter(bucket.gradients, self._data_ranks, bucket.group)
             )
 
-    def state(self) -> Iterator[tuple[Placement, dict[str, torch.Tensor]]]:
-        """Each parameter's fp32 weight and Adam moments, whole over data-parallel ranks.
-
-        Collective over data-parallel ranks: all must go through it together.
-        """
+    def state(self) -> Iterator[tuple[str, Block]]:
+        """See Engine. What lies in this rank's shards, and of what tensor-parallel ranks have alike, some."""
         places = dict(placements(self._stages))
-        for bucket in self._buckets:
-            flat = {"weight": _gathered(bucket, bucket.master)}
-            flat |= {moment: _gathered(bucket, self._moment(bucket, moment)) for moment in MOMENTS}
-            for parameter, (start, end) in bucket.places.items():
-                yield places[parameter], {part: whole[start:end].view_as(parameter) for part, whole in flat.items()}
+        ranks = parallel_state.get_tensor_model_parallel_world_size()
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        held = [(bucket, piece) for bucket in self._buckets for piece in bucket.pieces]
+        for number, (bucket, piece) in enumerate(held):
+            place = places[piece.parameter]
+            if place.turn < 0 or (place.alike and number % ranks != rank):
+                continue
+            begin = max(dist.get_rank(bucket.group) * len(bucket.master) - bucket.places[piece.parameter][0], 0)
+            moments = self._optimizer.state.get(piece.master, {})
+            parts = {"weight": piece.master.detach()}
+            parts |= {moment: moments.get(moment, torch.zeros_like(piece.gradient)) for moment in MOMENTS}
+            for part, flat in parts.items():
+                yield from ((part, block) for block in blocks(place, flat, begin))
 
     @torch.no_grad()
     def load_state(self, states: dict[str, dict[str, torch.Tensor]], step: int) -> None:
-        """Put back what `state` gave, by global name, in this layout's local shapes; `step` steps are done."""
+        """See Engine."""
         places = dict(placements(self._stages))
         for bucket in self._buckets:
             begin = dist.get_rank(bucket.group) * len(bucket.master)
@@ -166,15 +173,6 @@ class MegatronEngine:
         dist.all_reduce(total)
         return total.sqrt().item()
 
-    def _moment(self, bucket: Bucket, moment: str) -> torch.Tensor:
-        """This rank's shard of a moment, zero where there is no state yet or no parameter."""
-        shard = torch.zeros_like(bucket.master)
-        for piece in bucket.pieces:
-            if moment in self._optimizer.state.get(piece.master, {}):
-                at = piece.master.storage_offset() - bucket.master.storage_offset()
-                shard[at : at + len(piece.master)] = self._optimizer.state[piece.master][moment]
-        return shard
-
 
 def _bucket(buffer, bucket) -> Bucket:
     """Megatron-core's bucket of a buffer as ours."""
@@ -198,9 +196,3 @@ def _bucket(buffer, bucket) -> Bucket:
 
 def _shard(flat: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return shard_buffer(flat, dist.get_world_size(group))[dist.get_rank(group)]
-
-
-def _gathered(bucket: Bucket, shard: torch.Tensor) -> torch.Tensor:
-    whole = shard.new_empty(len(bucket.weights))
-    dist.all_gather_into_tensor(whole, shard, group=bucket.group)
-    return whole

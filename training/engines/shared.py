@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from armillary.model.coordinates import Placement
+from armillary.model.coordinates import Block
 from armillary.model.multimodal import MultimodalModel
 
 
@@ -27,14 +27,16 @@ class Engine(Protocol):
     def step(self, learning_rate: float) -> float:
         """Reduce, clip and apply the step's gradients; the global norm before clipping. Collective over all ranks."""
 
-    def state(self) -> Iterator[tuple[Placement, dict[str, torch.Tensor]]]:
-        """Each parameter's fp32 weight and Adam moments, whole over data-parallel ranks.
+    live: bool
+    """Whether `state` gives the tensors themselves, which the next step changes, and not copies."""
 
-        Collective over data-parallel ranks: all must go through it together.
+    def state(self) -> Iterator[tuple[str, Block]]:
+        """This rank's share of the fp32 weights ("weight") and Adam moments (MOMENTS), as (part, block): what all ranks
+        give tiles every weight. Collective over data-parallel ranks: all must go through it together.
         """
 
     def load_state(self, states: dict[str, dict[str, torch.Tensor]], step: int) -> None:
-        """Put back what `state` gave, by global name, in this layout's local shapes; `step` steps are done."""
+        """Put in place a state: {name: {part: tensor}}, in this layout's local shapes; `step` steps are done."""
 
 
 def decayed(parameter: torch.nn.Parameter) -> bool:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from armillary.kernels.adamw import AdamW
-from armillary.model.coordinates import Placement, placements
+from armillary.model.coordinates import Block, blocks, placements
 from armillary.model.multimodal import MultimodalModel
 from armillary.training.checkpoint.manifest import MOMENTS
 from armillary.training.config import OptimizerConfig
@@ -67,6 +67,8 @@ class ParallelGroups:
 
 class ZeroEngine:
     """See the module. Gradients are averaged over data- and context-parallel ranks."""
+
+    live = False
 
     def __init__(
         self,
@@ -166,22 +168,21 @@ class ZeroEngine:
             safe_set_full_grad(parameter, whole[: totals[parameter].numel()].view_as(totals[parameter]))
         return norm
 
-    def state(self) -> Iterator[tuple[Placement, dict[str, torch.Tensor]]]:
-        """Each parameter's fp32 weight and Adam moments, whole over data-parallel ranks.
-
-        Collective over data-parallel ranks: all must go through it together.
-        """
+    def state(self) -> Iterator[tuple[str, Block]]:
+        """See Engine. Whole tensors are gathered, which data-parallel ranks give in turns."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         self._link_optimizer_state()
-        for parameter, place in placements(self._stages):
+        for number, (parameter, place) in enumerate(placements(self._stages)):
             state = {"weight": safe_get_full_fp32_param(parameter)}
             state |= {moment: safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS}
-            yield place, state
+            if number % place.turns == place.turn:
+                for part, tensor in state.items():
+                    yield from ((part, block) for block in blocks(place, tensor.reshape(-1)))
 
     @torch.no_grad()
     def load_state(self, states: dict[str, dict[str, torch.Tensor]], step: int) -> None:
-        """Put back what `state` gave, by global name, in this layout's local shapes; `step` steps are done."""
+        """See Engine."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         zero = self._engine.optimizer  # whose accessors set what there is
