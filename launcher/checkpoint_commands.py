@@ -2,6 +2,7 @@
 
 import json
 import time
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,8 @@ app = typer.Typer(help="Look after checkpoints.", no_args_is_help=True)
 RunOrCheckpoint = Annotated[
     str, typer.Argument(metavar="RUN|CHECKPOINT", help="a run: its latest one; or a checkpoint's folder or URL")
 ]
+Layouts = Enum("Layouts", {"hugging_face": "hugging-face", "safetensors": "safetensors"})
+Dtypes = Enum("Dtypes", {"float32": "float32", "bfloat16": "bfloat16"})
 MOST_SHOWN = 5  # problems in one message
 
 
@@ -166,6 +169,43 @@ def prune(
     for path in removed:
         print(f"{'would remove' if dry_run else 'removed'} {path}")
     print(f"{counted(len(removed), 'checkpoint')} {'would go' if dry_run else 'removed'}")
+
+
+@app.command()
+def export(
+    checkpoint: RunOrCheckpoint,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="where to; must not be there yet")],
+    layout: Annotated[
+        Layouts, typer.Option("--format", help="Llama's names, for transformers; or our own")
+    ] = Layouts.hugging_face,
+    dtype: Annotated[Dtypes, typer.Option(help="of the weights")] = Dtypes.float32,
+    as_json: AsJson = False,
+) -> None:
+    """Write a checkpoint's weights as safetensors: a folder that transformers loads, or one in our own layout."""
+    from armillary.launcher.exchange import export as exported
+    from armillary.launcher.run import Run
+
+    storage = checkpoint_at(checkpoint)
+    path = Path(checkpoint)
+    tokenizer = Run.open(path).tokenizer() if (path / "job.toml").exists() else None
+    config = exported(storage, tokenizer, folder, layout is Layouts.hugging_face, dtype.value)
+    print(json.dumps({"path": str(folder), "config": config}) if as_json else f"{storage.at()} exported to {folder}")
+
+
+@app.command("import")
+def import_(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="an exported folder, or a Llama of transformers")],
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="where to; must not be there yet")],
+    as_json: AsJson = False,
+) -> None:
+    """Make a checkpoint of weights in safetensors, for a new run to begin with: checkpoint.start=CHECKPOINT."""
+    from armillary.launcher.exchange import import_ as imported
+
+    model = imported(folder, checkpoint)
+    if as_json:
+        print(json.dumps({"path": str(checkpoint), "model": model.model_dump()}))
+    else:
+        print(f"{folder} is a checkpoint now: {checkpoint}; begin with it: checkpoint.start={checkpoint}")
 
 
 def _said(layout: dict) -> str:

@@ -50,7 +50,9 @@ class Job(TrainJob):
         sources = [source.model_copy(update={"path": _absolute(source.path)}) for source in self.data.sources]
         paths = {key: _absolute(getattr(self.data, key)) for key in ("path", "cache", "tokenizer")}
         data = self.data.model_copy(update=paths | {"sources": tuple(sources)})
-        checkpoint = self.checkpoint.model_copy(update={"path": _absolute(self.checkpoint.path)})
+        checkpoint = self.checkpoint.model_copy(
+            update={key: _absolute(getattr(self.checkpoint, key)) for key in ("path", "start")}
+        )
         return self.model_copy(update={"data": data, "checkpoint": checkpoint})
 
     def warnings(self) -> list[str]:

@@ -61,6 +61,7 @@ class CheckpointConfig(Table):
     path: str = Field(
         "", description="folder or URL (s3://bucket/folder) that gets a folder of them; empty: in the run's directory"
     )
+    start: str = Field("", description="a checkpoint's folder or URL whose weights a new run begins with")
     when_busy: Literal["wait", "skip"] = Field(
         "wait", description="where the one before it is still being written: wait for it, or leave this one out"
     )

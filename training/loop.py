@@ -18,7 +18,7 @@ from armillary.model.layers import compile_operations
 from armillary.model.multimodal import MultimodalModel
 from armillary.storage import open_storage
 from armillary.training.checkpoint.load import Reader
-from armillary.training.checkpoint.manifest import State
+from armillary.training.checkpoint.manifest import MOMENTS, State
 from armillary.training.config import TrainJob
 from armillary.training.delivery import Delivery
 from armillary.training.engines.canonical import CanonicalSums
@@ -64,6 +64,8 @@ class Trainer:
         self.step, self.cursor, self.tokens, self.loss = 0, Cursor(), 0, math.nan
         if assignment.resume is not None:
             self._load(Reader(open_storage(assignment.resume, CheckpointError)))
+        elif job.checkpoint.start:
+            self._begin_with(Reader(open_storage(job.checkpoint.start, CheckpointError)))
         self.data = Delivery(job, self.cursor, rank.rank, rank.device)
 
     def train_step(
@@ -117,13 +119,23 @@ class Trainer:
     def close(self) -> None:
         self.data.close()
 
+    def _begin_with(self, checkpoint: Reader) -> None:
+        """Take over a checkpoint's weights, and nothing else."""
+        states = checkpoint.states(place for _, place in placements(self.stages))
+        for parts in states.values():
+            for moment in MOMENTS:
+                parts[moment].zero_()
+        self._put(states, 0)
+
+    def _put(self, states: dict[str, dict[str, torch.Tensor]], step: int) -> None:
+        for parts in states.values():
+            parts.update((part, tensor.to(self.rank.device)) for part, tensor in parts.items())
+        self.engine.load_state(states, step)
+
     def _load(self, checkpoint: Reader) -> None:
         state = checkpoint.manifest.state
         self.step, self.cursor, self.tokens, self.loss = state.step, state.cursor, state.tokens, state.loss
-        states = checkpoint.states(place for _, place in placements(self.stages))
-        for parts in states.values():
-            parts.update((part, tensor.to(self.rank.device)) for part, tensor in parts.items())
-        self.engine.load_state(states, state.step)
+        self._put(checkpoint.states(place for _, place in placements(self.stages)), state.step)
 
 
 def build_model(job: TrainJob, device: torch.device) -> list[MultimodalModel]:
