@@ -61,6 +61,7 @@ def resume(
     from_step: Annotated[
         int | None, typer.Option(help="go on from this step's checkpoint instead of the latest")
     ] = None,
+    allow: Annotated[list[str], typer.Option(help="a key of job.toml that was changed by hand; repeatable")] = (),
     address: Address = "",
     force: Force = False,
     as_json: AsJson = False,
@@ -68,7 +69,7 @@ def resume(
     """Go on with a run from its latest checkpoint, on any layout: parallel.tensor=1 parallel.pipeline=2."""
     from armillary.launcher.train import resume as go_on
 
-    _finish(go_on(run, _with_address(overrides, address), stop_at, _console(), force, from_step), as_json)
+    _finish(go_on(run, _with_address(overrides, address), stop_at, _console(), force, from_step, allow), as_json)
 
 
 @job_app.command()

@@ -102,6 +102,10 @@ class Run:
         write_whole(self.path / "job.toml", job.to_toml())
         write_whole(self.path / "job.hash", job.hash() + "\n")
 
+    def written_hash(self) -> str:
+        """The hash of the job as it was written."""
+        return (self.path / "job.hash").read_text().strip()
+
     def job(self, overrides: list[str] = ()) -> Job:
         """The run's job, with overrides. A new layout's world size and engine follow from it unless
         they are given."""

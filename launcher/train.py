@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from armillary.data_pipeline.mixture import BLOCK_ROWS, ORDER
 from armillary.data_pipeline.shards import read_manifest as read_data_manifest
 from armillary.data_pipeline.sources.easy_vqa import easy_vqa_questions
 from armillary.data_pipeline.verify import check_files
-from armillary.errors import ArmillaryError, DataError, JobError
+from armillary.errors import ArmillaryError, CheckpointError, DataError, JobError
 from armillary.kernels.forced import VARIABLE, forced
 from armillary.launcher.driver import Outcome, drive
 from armillary.launcher.fitting import refuse_what_does_not_fit
@@ -24,7 +24,7 @@ from armillary.launcher.job import Job
 from armillary.launcher.plot import plot_loss
 from armillary.launcher.progress import View
 from armillary.launcher.run import Run
-from armillary.storage import Storage, is_url
+from armillary.storage import Storage, is_url, open_storage
 from armillary.training.checkpoint.manifest import read_manifest
 
 KEPT_BY_RESUME = ("model", "data")  # a change would make the checkpoint's tensors or cursor mean something else
@@ -120,6 +120,7 @@ def resume(
     console: Console,
     force: bool = False,
     from_step: int | None = None,
+    allow: Sequence[str] = (),
 ) -> Summary:
     """Go on with a run from its latest checkpoint, or from that of a step, on the layout that the overrides ask for."""
     forced(os.environ.get(VARIABLE, ""))
@@ -127,11 +128,38 @@ def resume(
     with run.locked():
         if from_step is not None:
             run.rewind(from_step)
+        check_edits(run, allow)
         job = resumable_job(run, run.job(overrides).with_absolute_paths())
         refuse_what_does_not_fit(job, force)
         checkpoint = run.latest()
         until = until_step(job, stop_at, read_manifest(checkpoint).state.step)
         return _train(run, job, until, checkpoint, console)
+
+
+def check_edits(run: Run, allow: Sequence[str]) -> None:
+    """JobError where job.toml was changed by hand since it was written, in keys that are not in `allow`."""
+    job = run.job()
+    if not run.has_checkpoint or job.hash() == run.written_hash():
+        return
+    saved = read_manifest(run.latest()).state.job
+    found = [key for key in different(saved, job.model_dump(mode="json")) if not key.startswith("parallel.")]
+    if rest := [key for key in found if key not in allow]:
+        raise JobError(
+            f"job.toml is not what the checkpoint was made with: {', '.join(rest)}", run.path / "job.toml",
+            f"set {'it' if len(rest) == 1 else 'them'} back, or say that it is meant: "
+            + " ".join(f"--allow {key}" for key in rest),
+        )  # fmt: skip
+
+
+def different(some: dict, others: dict, prefix: str = "") -> list[str]:
+    """The keys that two tables both have, with another value."""
+    found = []
+    for key in (key for key in some if key in others):
+        if isinstance(some[key], dict) and isinstance(others[key], dict):
+            found += different(some[key], others[key], f"{prefix}{key}.")
+        elif some[key] != others[key]:
+            found.append(f"{prefix}{key}")
+    return found
 
 
 def resumable_job(run: Run, job: Job) -> Job:
@@ -163,6 +191,8 @@ def check_readable(job: Job) -> None:
     Loader(job.data, job.image_shape)
     folder = open_folder(job.data.path, job.data.cache, job.data.cache_bytes)
     check_files(folder, read_data_manifest(folder))
+    if job.checkpoint.start:
+        read_manifest(open_storage(job.checkpoint.start, CheckpointError))
     for source in job.data.sources if job.training.evaluate else ():
         if source.kind == "easy_vqa" and not easy_vqa_questions("test", source.path):
             raise DataError("there are no held-out questions", source.path, "add some, or set training.evaluate=false")

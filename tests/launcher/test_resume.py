@@ -9,7 +9,7 @@ from armillary.data_pipeline.shards import read_manifest
 from armillary.errors import DataError, JobError
 from armillary.launcher.job import resolve
 from armillary.launcher.run import Run
-from armillary.launcher.train import resumable_job
+from armillary.launcher.train import check_edits, resumable_job
 from armillary.training.checkpoint.manifest import State
 
 BLOCK = BLOCK_ROWS * 128  # positions of a block of the tiny job
@@ -23,10 +23,10 @@ def run(tables, shards, tmp_path):
     return run
 
 
-def checkpoint_of(run, order):
+def checkpoint_of(run, order, job=None):
     state = State(
-        step=5, cursor=Cursor(block=2, row=7), data_order=order, tokens=1, loss=1.0, run="run", job_hash="", job={},
-        saved_at=0.0,
+        step=5, cursor=Cursor(block=2, row=7), data_order=order, tokens=1, loss=1.0, run="run", job_hash="",
+        job=job or {}, saved_at=0.0,
     )  # fmt: skip
     run.store().put("step-00000005/g000-r00000.json", b"[]")
     run.commit("step-00000005", state, 0, 1, run.job().checkpoint)
@@ -51,6 +51,23 @@ def test_a_checkpoint_of_another_order_of_the_data_is_refused(run):
     checkpoint_of(run, ORDER - 1)
     with pytest.raises(DataError, match=f"came in order {ORDER - 1}, this version has {ORDER}"):
         changed(run)
+
+
+def test_a_job_that_was_changed_by_hand_is_refused_until_it_is_meant(tables, shards, tmp_path):
+    job = resolve(tables, "test")
+    run = Run.create(tmp_path / "run", job, read_manifest(LocalFolder(shards)))
+    checkpoint_of(run, ORDER, job.train_job().model_dump(mode="json"))
+    check_edits(run, ())
+    file = run.path / "job.toml"
+    text = file.read_text()
+    file.write_text(text.replace("learning_rate = 0.01", "learning_rate = 0.02").replace("every = 100", "every = 50"))
+    with pytest.raises(JobError, match=r"made with: optimizer\.learning_rate, checkpoint\.every"):
+        check_edits(run, ())
+    with pytest.raises(JobError, match=r"made with: checkpoint\.every"):
+        check_edits(run, ["optimizer.learning_rate"])
+    check_edits(run, ["optimizer.learning_rate", "checkpoint.every"])
+    run.write_job(run.job())
+    check_edits(run, ())
 
 
 def test_a_resume_builds_nothing(run, tmp_path):

@@ -13,6 +13,7 @@ from armillary.storage import Storage
 from armillary.training.checkpoint.manifest import MOMENTS, OTHER, Chunk, Manifest, read_manifest
 
 READERS = 4  # tensors at once
+MOST_SHOWN = 5  # weights in one message
 
 
 class Reader:
@@ -34,7 +35,10 @@ class Reader:
         return self._by_key.keys()
 
     def states(self, places: Iterable[Placement]) -> dict[str, dict[str, torch.Tensor]]:
-        """What a rank holds of the weights and moments at `places`, for Engine.load_state."""
+        """What a rank holds of the weights and moments at `places`, for Engine.load_state. CheckpointError where they
+        are another model's."""
+        places = list(places)
+        self._check_model(places)
         wanted = [(place, part) for place in places for part in ("weight", *MOMENTS)]
         found: dict[str, dict[str, torch.Tensor]] = {}
         with ThreadPoolExecutor(READERS) as pool:
@@ -61,11 +65,7 @@ class Reader:
         key = f"{part}/{place.name}"
         shape = self.shape(key)
         if shape != place.shape:
-            raise CheckpointError(
-                f"{place.name} has shape {list(shape)} in the checkpoint, {list(place.shape)} in the model",
-                self._files.at(),
-                "resume with the model's own dimensions",
-            )
+            self._check_model([place])
         blocks = []
         for piece in place.pieces:
             start, size = [0] * len(shape), list(shape)
@@ -88,6 +88,20 @@ class Reader:
                 of = tuple(slice(a - s, b - s) for a, b, s in zip(low, high, chunk.start, strict=True))
                 out[to] = self._read(chunk)[of]
         return torch.from_numpy(out)
+
+    def _check_model(self, places: list[Placement]) -> None:
+        wanted = {place.name: place.shape for place in places}
+        held = {key.removeprefix("weight/"): self.shape(key) for key in self.keys if key.startswith("weight/")}
+        other = [(name, held.get(name), shape) for name, shape in wanted.items() if held.get(name) != shape]
+        if other:
+            rows = "".join(
+                f"\n    {name}: {list(had) if had else 'not there'} in the checkpoint, {list(shape)} in the model"
+                for name, had, shape in other[:MOST_SHOWN]
+            )
+            more = f"\n    and {len(other) - MOST_SHOWN:,} more" if len(other) > MOST_SHOWN else ""
+            raise CheckpointError(
+                f"the checkpoint is of another model:{rows}{more}", self._files.at(), "take the model's own dimensions"
+            )
 
     def _chunks(self, key: str) -> list[Chunk]:
         if key not in self._by_key:
