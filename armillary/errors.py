@@ -48,4 +48,8 @@ class RunError(ArmillaryError):
     exit_code = 1
 
 
+class FaultError(RunError):
+    """A run lost a machine or a process: the same may go well another time."""
+
+
 ERRORS = {kind.__name__: kind for kind in (JobError, DataError, CheckpointError, ClusterError, RunError)}

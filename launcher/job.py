@@ -26,6 +26,11 @@ class ClusterConfig(Table):
 
     address: str = Field("", description="Ray cluster to join, as host:port; empty: start one on this machine")
     cpus_per_rank: int = Field(0, ge=0, description="processors of one rank; 0: this machine's, shared out evenly")
+    max_restarts: int = Field(
+        3,
+        ge=0,
+        description="times that a run which lost a process or a machine may start again without a new checkpoint",
+    )
     start_timeout: float = Field(300.0, gt=0, description="seconds that ranks may take to find machines and meet")
 
 

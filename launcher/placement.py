@@ -52,6 +52,16 @@ class Failure:
     message: str
 
 
+def is_fault(failure: Failure) -> bool:
+    """Whether it is a machine's or a process's, and not of what ran there."""
+    return failure.kind == "died" or _lost_contact(failure)
+
+
+def _lost_contact(failure: Failure) -> bool:
+    words = ("connection", "peer", "gloo", "nccl", "timed out", "could not meet")
+    return any(word in failure.message.lower() for word in words)
+
+
 def blame(failures: list[Failure], user_errors: set[str]) -> Failure:
     """The failure that explains the others: a user's error first, then a death, then an exception of its own.
 
@@ -63,10 +73,6 @@ def blame(failures: list[Failure], user_errors: set[str]) -> Failure:
             return 0, failure.rank
         if failure.kind == "died":
             return 1, failure.rank
-        lost = any(
-            word in failure.message.lower()
-            for word in ("connection", "peer", "gloo", "nccl", "timed out", "could not meet")
-        )
-        return 3 if lost else 2, failure.rank
+        return 3 if _lost_contact(failure) else 2, failure.rank
 
     return min(failures, key=order)

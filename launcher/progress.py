@@ -74,6 +74,11 @@ class View:
         """A line above the view."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    def launched(self, text: str) -> None:
+        """New ranks: the pace of earlier ones says nothing of theirs."""
+        self._pace = Pace(self._until)
+        self.say(text)
+
     def step(self, record: dict) -> None:
         """A step is done; record has step, tokens, loss and the time it ended."""
         self._last = record

@@ -2,6 +2,7 @@
 
 job.toml             the resolved job          job.hash   its hash
 events.jsonl         what happened, one JSON object a line, appended
+ray.log              what Ray has to say of its processes
 lock                 held by the driver at work
 generations/000/     one launch of the ranks: their logs
 checkpoints/         a folder for each, and `latest`, which names the one to go on from; elsewhere by checkpoint.path

@@ -24,6 +24,8 @@ from tests.conftest import ARMILLARY, free_port, refused
 from tests.data_pipeline.test_build import own_source
 from tests.training.test_metrics import NAMES, scrape
 
+LONG = {"steps": 300, "global_batch": 4, "evaluate": False}
+
 
 def started(tmp_path, *words) -> subprocess.Popen:
     """A command in a session of its own, as a terminal gives it."""
@@ -239,7 +241,7 @@ def can_connect(port):
 @pytest.mark.parametrize("dying", [0, 1])
 def test_a_rank_that_dies_at_start_ends_the_run_with_its_name(job_file, tmp_path, dying):
     run = Run(tmp_path / "run")
-    process = started(tmp_path, "train", job_file, "parallel.data=2", "--run-dir", "run")
+    process = started(tmp_path, "train", job_file, "parallel.data=2", "cluster.max_restarts=0", "--run-dir", "run")
     ranks = wait_for(lambda: placed(run), process)["ranks"]
     os.kill(ranks[dying]["pid"], signal.SIGKILL)
     out, err = process.communicate(timeout=120)
@@ -251,6 +253,30 @@ def test_a_rank_that_dies_at_start_ends_the_run_with_its_name(job_file, tmp_path
     assert not run.curve()
     assert not run.store().sizes()
     assert f"rank {dying} of 2 died" in next(run.events("failed"))["error"]
+
+
+def test_a_run_that_loses_a_rank_goes_on_by_itself(tables, tmp_path, armillary):
+    """Twice, and ends with the curve that it would have had."""
+    import tomli_w
+
+    job = tables | {"parallel": {"data": 2}, "checkpoint": {"every": 20, "keep_last": 2}, "training": LONG}
+    (tmp_path / "job.toml").write_text(tomli_w.dumps(job))
+    run = Run(tmp_path / "run")
+    process = started(tmp_path, "train", "job.toml", "--run-dir", "run", "--json")
+    for number, dying in enumerate((1, 0)):
+        ranks = wait_for(lambda n=number: list(run.events("placed"))[n:], process)[0]["ranks"]
+        wait_for(lambda n=number: len(list(run.events("checkpoint"))) > 2 * n, process)
+        os.kill(ranks[dying]["pid"], signal.SIGKILL)
+        wait_for(lambda n=number: list(run.events("restart"))[n:], process)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert json.loads(out)["steps"] == LONG["steps"]
+    assert "rank 1 of 2 died; starting again in 1 s, from step" in err
+    assert [event["generation"] for event in run.events("launch")] == [0, 1, 2]
+    assert len(list(run.events("failed"))) == 2
+    armillary("train", "job.toml", "--run-dir", "whole")
+    curves = [[(e["step"], e["loss"], e["cursor"]) for e in one.curve()] for one in (run, Run(tmp_path / "whole"))]
+    assert curves[0] == curves[1]
 
 
 def test_sigterm_saves_a_checkpoint_too_and_a_second_signal_ends_at_once(job_file, tmp_path, armillary):
