@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help install demo test test-runs test-interpreted lint long bench bench-data bench-layouts bench-planner bench-checkpoint gpu clean
+.PHONY: help install demo test test-runs test-interpreted lint long bench bench-data bench-layouts bench-planner bench-checkpoint chaos gpu clean
 
 help:
 	@echo "make demo      train a small image+text model, stop, resume on another layout, evaluate (ARGS=--json)"
@@ -16,6 +16,7 @@ help:
 	@echo "make bench-layouts  every layout beside a plain PyTorch model, about eight minutes"
 	@echo "make bench-planner  the planner beside published runs, where their tables are at hand"
 	@echo "make bench-checkpoint  saving and loading beside plain files, safetensors and DCP, about a minute"
+	@echo "make chaos     saves killed at every operation, processes killed at random, bytes flipped, about fifteen minutes"
 	@echo "make gpu       the kernels beside their peers, on a machine with a GPU"
 	@echo "make lint      ruff"
 	@echo "make clean     remove the virtual environment and what builds and tests left"
@@ -69,6 +70,9 @@ bench-planner: $(READY)
 
 bench-checkpoint: $(READY)
 	$(BIN)/python -m benchmarks.checkpoint $(ARGS)
+
+chaos: $(READY)
+	$(BIN)/python -m benchmarks.chaos $(ARGS)
 
 # Whatever Python has PyTorch for the GPU: the virtual environment's own is for CPU.
 gpu:

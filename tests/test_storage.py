@@ -126,7 +126,7 @@ def test_a_save_killed_at_any_put_or_removal_loses_nothing(proxy, tables, tmp_pa
     monkeypatch.setattr(saver, "LOOK_SECONDS", 0.001)
     monkeypatch.setattr("threading.excepthook", lambda args: None)
     keep = CheckpointConfig(keep_last=2)
-    for end in itertools.count(1):
+    for end in itertools.count(1, 4):
         run, mortal = far_run(tables, tmp_path, f"run-{end}"), Mortal(end)
         for step in (10, 20):
             save(run, 0, step, step // 10, keep, lambda: False)

@@ -138,7 +138,8 @@ def test_a_run_begins_with_weights(tables, checkpoint, tmp_path):
     assert len(parts) == 3
 
 
-def test_the_commands(tables, checkpoint, tmp_path, armillary):
+def test_the_commands(tables, tmp_path, armillary):
+    checkpoint = trained(tables, tmp_path / "trained", {})
     run = Run.create(tmp_path / "run", resolve(tables, "test"), DATA)
     done = armillary("checkpoint", "export", checkpoint.at(), "out", "--dtype", "bfloat16", "--json")
     assert json.loads(done.stdout)["config"]["model_type"] == "llama"
