@@ -38,20 +38,22 @@ class Snapshot:
                 "file": self._name(len(self._used) - 1), "offset": at, "bytes": size,
             })  # fmt: skip
             room = self._memory[len(self._used) - 1][at : at + size].view(torch.float32).view(shape)
-            self._copies.append((room, block.tensor))
-            if not live:
-                self.copy()
-        self._ready = torch.cuda.Event() if self._pinned else None
-        if self._ready is not None:
+            if live:
+                self._copies.append((room, block.tensor))
+            else:
+                room.copy_(block.tensor, non_blocking=True)
+        if self._pinned:
+            self._ready = torch.cuda.Event()
             self._ready.record()
+            if not live:
+                self._ready.synchronize()
 
     def copy(self) -> None:
         """Make the copies that are left; from any thread."""
         if self._pinned and self._copies:
             stream = torch.cuda.Stream(self._copies[0][1].device)
             with torch.cuda.stream(stream):
-                if self._ready is not None:
-                    stream.wait_event(self._ready)
+                stream.wait_event(self._ready)
                 for room, tensor in self._copies:
                     room.copy_(tensor, non_blocking=True)
             stream.synchronize()
