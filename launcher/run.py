@@ -28,7 +28,7 @@ from armillary.data_pipeline.tokenizer import Tokenizer
 from armillary.errors import CheckpointError, JobError
 from armillary.files import write_whole
 from armillary.launcher.job import Job, apply_overrides, read_toml, resolve
-from armillary.storage import Storage, check_writable, open_storage
+from armillary.storage import Storage, open_storage
 from armillary.training.checkpoint.catalog import kept, listed
 from armillary.training.checkpoint.commit import commit, remove, sweep
 from armillary.training.checkpoint.manifest import MANIFEST, State, folder_name, read_manifest
@@ -153,9 +153,7 @@ class Run:
 
     def new_generation(self) -> tuple[int, Path]:
         """The number and folder of the next launch of ranks. What earlier ones left half-saved is removed."""
-        store = self.store()
-        check_writable(store)
-        sweep(store)
+        sweep(self.store())
         number = sum(1 for _ in (self.path / "generations").glob("[0-9]*"))
         folder = self.path / "generations" / f"{number:03d}"
         (folder / "logs").mkdir(parents=True)

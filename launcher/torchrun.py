@@ -22,6 +22,7 @@ from armillary.launcher.job import Job, load_job
 from armillary.launcher.progress import View
 from armillary.launcher.run import Run
 from armillary.launcher.train import check_readable, resumable_job, until_step
+from armillary.storage import check_writable
 from armillary.training.checkpoint.manifest import State, read_manifest
 
 
@@ -95,6 +96,7 @@ def train(job_file: Path, run_dir: Path, overrides: list[str], force: bool = Fal
         if rank.rank == 0:
             opened = _open(run_dir, job)
             stack.enter_context(opened.locked())
+            check_writable(opened.store())
             number, _ = opened.new_generation()
             plan += torch.tensor([number, opened.has_checkpoint], device=rank.device)
         dist.broadcast(plan, 0)

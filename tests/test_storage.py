@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import os
 
 import pytest
@@ -14,6 +15,7 @@ from armillary.training.checkpoint import saver, snapshot
 from armillary.training.config import CheckpointConfig
 from tests.chaos.disk import Killed
 from tests.chaos.saves import found, latest, save
+from tests.conftest import refused
 from tests.launcher.test_run import DATA
 from tests.s3 import s3_server
 
@@ -144,3 +146,21 @@ def test_a_save_killed_at_any_put_or_removal_loses_nothing(proxy, tables, tmp_pa
         if not mortal.dead:
             break
     assert end > 15
+
+
+def test_a_run_saves_to_s3_and_goes_on_from_there(proxy, job_file, tmp_path, armillary):
+    where = ["checkpoint.path=s3://bucket/e2e", "checkpoint.every=2", "checkpoint.keep_last=2"]
+    first = armillary("train", job_file, *where, "--stop-at", 3, "--run-dir", "run", "--json")
+    assert json.loads(first.stdout)["checkpoint"] == "s3://bucket/e2e/run/step-00000003"
+    second = armillary("resume", "run", "parallel.tensor=2", "--json")
+    assert json.loads(second.stdout)["steps"] == 6, second.stderr
+    rows = json.loads(armillary("checkpoint", "list", "run", "--json").stdout)["checkpoints"]
+    assert [(row["step"], row["latest"]) for row in rows] == [(4, False), (6, True)]
+    assert "is whole" in armillary("checkpoint", "verify", rows[0]["path"]).stdout
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_where_nothing_can_be_saved_nothing_starts(proxy, job_file, tmp_path, armillary):
+    for path, word in (("s3://nowhere/runs", "no such bucket"), (f"{job_file}/runs", "cannot be written")):
+        refused(armillary("train", job_file, f"checkpoint.path={path}", "--run-dir", "run"), word)
+        assert not (tmp_path / "run").exists()
