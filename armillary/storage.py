@@ -135,45 +135,29 @@ class RemoteStorage:
     """
 
     def __init__(self, url: str, error: type[ArmillaryError]):
-        if urllib.parse.urlsplit(url).password is not None:
-            raise error("the URL has a password in it", "", "give credentials through the environment")
         self._url, self._error = url.rstrip("/"), error
-        try:
-            options = {"use_listings_cache": False}
-            if url.startswith("s3://"):
-                options["config_kwargs"] = {"connect_timeout": DEADLINE, "read_timeout": DEADLINE}
-            self._files, self._root = fsspec.url_to_fs(self._url, **options)
-        except Exception as problem:  # each protocol has its own kinds
-            raise error(
-                f"no such storage can be used: {problem}", url, "check the URL, and the package for it"
-            ) from None
+        self._files, self._root = connect(self._url, error)
 
     def at(self, name: str = "") -> str:
         return f"{self._url}/{name}" if name else self._url
 
     def put(self, name: str, content: Bytes) -> None:
-        def put() -> None:
-            self._files.pipe_file(self._path(name), bytes(content))
-
         try:
-            tried(put, self.at(name), self._error)
+            self._do(name, "written", lambda path: self._files.pipe_file(path, bytes(content)))
         except FileNotFoundError:
             raise self._error("there is no such bucket", self._url, "create it, or name another") from None
 
     def read(self, name: str, offset: int = 0, size: int | None = None) -> Bytes:
         part = {} if size is None and not offset else {"start": offset, "end": None if size is None else offset + size}
-        return tried(lambda: self._files.cat_file(self._path(name), **part), self.at(name), self._error)
+        return self._do(name, "fetched", lambda path: self._files.cat_file(path, **part))
 
     def sizes(self) -> dict[str, int]:
-        found = tried(lambda: self._files.find(self._root, detail=True), self.at(), self._error)
+        found = self._do("", "listed", lambda _: self._files.find(self._root, detail=True))
         return {name.removeprefix(f"{self._root}/"): entry["size"] for name, entry in found.items()}
 
     def remove(self, name: str) -> None:
-        def remove() -> None:
-            self._files.rm_file(self._path(name))
-
         with contextlib.suppress(FileNotFoundError):
-            tried(remove, self.at(name), self._error)
+            self._do(name, "removed", self._files.rm_file)
 
     def free(self) -> int | None:
         return None
@@ -181,13 +165,30 @@ class RemoteStorage:
     def folder(self, name: str) -> Storage:
         return RemoteStorage(self.at(name), self._error)
 
-    def _path(self, name: str) -> str:
-        return f"{self._root}/{name}"
+    def _do(self, name: str, done: str, action: Callable[[str], Result]) -> Result:
+        return tried(lambda: action(f"{self._root}/{name}"), f"it could not be {done}", self.at(name), self._error)
 
 
-def tried(action: Callable[[], Result], where: str, error: type[ArmillaryError]) -> Result:
-    """Do it, and again after a while where it fails, TRIES times; then `error`. A file that is not there, or not ours,
-    and a full disk are no failures that pass."""
+def connect(url: str, error: type[ArmillaryError]) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system behind a URL and the path in it; `error` where it cannot be used."""
+    if urllib.parse.urlsplit(url).password is not None:
+        raise error("the URL has a password in it", "", "give credentials through the environment")
+    options = {"use_listings_cache": False}
+    if url.startswith("s3://"):
+        options["config_kwargs"] = {"connect_timeout": DEADLINE, "read_timeout": DEADLINE}
+    try:
+        return fsspec.url_to_fs(url, **options)
+    except Exception as problem:  # each protocol has its own kinds
+        raise error(
+            f"no such storage can be read or written: {problem}", url, "check the URL, and the package for it"
+        ) from None
+
+
+def tried(action: Callable[[], Result], said: str, where: str, error: type[ArmillaryError]) -> Result:
+    """Do it, and again after a while where it fails, TRIES times; then `error`, which begins with `said`.
+
+    A file that is not there, or not ours, and a full disk are no failures that pass.
+    """
     for number in range(TRIES):
         try:
             return action()
@@ -203,4 +204,4 @@ def tried(action: Callable[[], Result], where: str, error: type[ArmillaryError])
                 raise error(f"the storage has no credentials: {reason}", where, CREDENTIALS) from None
         if number < TRIES - 1:
             time.sleep(FIRST_WAIT * 2**number)
-    raise error(f"the storage did not do it, in {TRIES} tries: {reason}", where, "check the storage and the network")
+    raise error(f"{said}, in {TRIES} tries: {reason}", where, "check the storage and the network")

@@ -5,18 +5,16 @@ import fcntl
 import functools
 import os
 import re
-import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Protocol, TypeVar
 
-import fsspec
 import pyarrow as pa
 import xxhash
 
 from armillary.errors import DataError
 from armillary.files import sync
-from armillary.storage import is_url, tried
+from armillary.storage import connect, is_url, tried
 
 CACHE_BYTES = 100 << 30
 KEPT = re.compile(r"[0-9a-f]{16}-.+")  # a file of the cache: its checksum and its name
@@ -114,16 +112,9 @@ class RemoteFolder:
     build = "build shards into a folder of this machine, then copy that folder there"
 
     def __init__(self, url: str, cache: Path, limit: int):
-        if urllib.parse.urlsplit(url).password is not None:
-            raise DataError("the URL has a password in it", "data.path", "give credentials through the environment")
         self.remedy = f"remove its copy in {cache}; if it comes back, copy the data set to that place again"
         self._url, self._cache, self._limit = url.rstrip("/"), cache, limit
-        try:
-            self._storage, self._root = fsspec.url_to_fs(self._url)
-        except Exception as error:  # each protocol has its own kinds
-            raise DataError(
-                f"no such storage can be read: {error}", url, "check the URL, and the package for it"
-            ) from None
+        self._storage, self._root = connect(self._url, DataError)
         with self._writing():
             cache.mkdir(parents=True, exist_ok=True)
 
@@ -197,7 +188,7 @@ class RemoteFolder:
                 total -= freed
 
     def _tried(self, name: str, action: Callable[[], Result]) -> Result:
-        return tried(action, self.at(name), DataError)
+        return tried(action, "it could not be fetched", self.at(name), DataError)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

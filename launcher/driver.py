@@ -18,7 +18,7 @@ from armillary.launcher.progress import View
 from armillary.launcher.ranks import POLL_SECONDS, Ranks, Stop, failures_of, kill, launch, signals
 from armillary.launcher.recovery import pause
 from armillary.launcher.run import Run
-from armillary.storage import Storage, check_writable
+from armillary.storage import Storage
 from armillary.training.checkpoint.commit import sweep
 from armillary.training.checkpoint.manifest import State, read_manifest
 
@@ -44,7 +44,6 @@ def drive(run: Run, job: Job, until: int, resume: Storage | None, view: View) ->
     Raises the ArmillaryError of the rank that failed first, with its log named. All processes are gone when it
     returns.
     """
-    check_writable(run.store())
     # Ray prints what happens to its processes on standard output, which is for the command's own answer.
     with signals() as stop, open(run.path / "ray.log", "a") as log, contextlib.redirect_stdout(log):
         view.say("starting Ray" if not job.cluster.address else f"joining Ray at {job.cluster.address}")

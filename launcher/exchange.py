@@ -7,6 +7,7 @@ tokenizer.json      of a run's latest checkpoint, with tokenizer_config.json
 """
 
 import json
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -46,7 +47,6 @@ def export(checkpoint: Storage, tokenizer: Tokenizer | None, folder: Path, llama
     config |= {"armillary": {"model": job.model.model_dump(), "step": reader.manifest.state.step}}
     if folder.exists():
         raise CheckpointError("there is something already", folder, "name a folder that is not there yet")
-    folder.mkdir(parents=True)
     names = sorted(key.removeprefix("weight/") for key in reader.keys if key.startswith("weight/"))
 
     def weights(decoder: bool) -> Iterator[tuple[str, torch.Tensor]]:
@@ -54,13 +54,18 @@ def export(checkpoint: Storage, tokenizer: Tokenizer | None, folder: Path, llama
             weight = reader.whole(f"weight/{name}").to(DTYPES[dtype])
             yield from to_llama(job.model, name, weight) if llama and decoder else [(name, weight)]
 
-    _write_shards(folder, weights(True))
-    if llama:
-        save_file(dict(weights(False)), folder / IMAGE_FILE, {"format": "pt"})
-    if tokenizer is not None:
-        (folder / "tokenizer.json").write_text(tokenizer.to_json())
-        (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}\n')
-    (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
+        making = Path(name) / folder.name
+        making.mkdir()
+        _write_shards(making, weights(True))
+        if llama:
+            save_file(dict(weights(False)), making / IMAGE_FILE, {"format": "pt"})
+        if tokenizer is not None:
+            (making / "tokenizer.json").write_text(tokenizer.to_json())
+            (making / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}\n')
+        (making / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+        making.rename(folder)
     return config
 
 

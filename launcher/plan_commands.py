@@ -78,12 +78,8 @@ def plan(
         return
     if job_file is None:
         raise JobError("there is no job to plan", "command line", "name a job file: armillary plan JOB.toml --gpus 64")
-    for option, value in (("--tokens", tokens), ("--images", images or 0), ("--document", document or 0)):
-        if not 0 <= value < 1e18:
-            raise JobError(f"{option} {value} makes no sense", "command line", "give a positive number")
-    for option, value in (("--top", top), ("--mtbf-hours", mtbf_hours), ("--restart-seconds", restart_seconds)):
-        if not 0 < value < 1e9:
-            raise JobError(f"{option} {value} makes no sense", "command line", "give a positive number")
+    _refuse_numbers({"--tokens": tokens, "--images": images or 0, "--document": document or 0}, 1e18, zero=True)
+    _refuse_numbers({"--top": top, "--mtbf-hours": mtbf_hours, "--restart-seconds": restart_seconds}, 1e9, zero=False)
     from armillary.planner.hardware import cluster, find_gpu
 
     kind = find_gpu(gpu)
@@ -99,6 +95,13 @@ def plan(
     )  # fmt: skip
     _answer(job, given, machines, rows, tokens or job.tokens_per_step * job.training.steps, top,
             explain, (mtbf_hours, restart_seconds, plot) if goodput or plot else None, as_json)  # fmt: skip
+
+
+def _refuse_numbers(options: dict[str, float], below: float, zero: bool) -> None:
+    """JobError where one is negative or absurd, or is zero and must not be."""
+    for option, value in options.items():
+        if not (0 < value < below or (zero and value == 0)):
+            raise JobError(f"{option} {value} makes no sense", "command line", "give a positive number")
 
 
 def _refuse_rows(job, images: float, document: float) -> None:

@@ -28,10 +28,10 @@ from armillary.data_pipeline.tokenizer import Tokenizer
 from armillary.errors import CheckpointError, JobError
 from armillary.files import write_whole
 from armillary.launcher.job import Job, apply_overrides, read_toml, resolve
-from armillary.storage import Storage, open_storage
+from armillary.storage import Storage, check_writable, open_storage
 from armillary.training.checkpoint.catalog import kept, listed
 from armillary.training.checkpoint.commit import commit, remove, sweep
-from armillary.training.checkpoint.manifest import MANIFEST, State, folder_name, read_manifest
+from armillary.training.checkpoint.manifest import MANIFEST, State, folder_name
 from armillary.training.config import CheckpointConfig
 
 DATA_MANIFEST = "data_manifest.json"
@@ -54,7 +54,8 @@ class Run:
 
     @classmethod
     def create(cls, path: Path, job: Job, data: Manifest) -> "Run":
-        """Make the directory of a new run; JobError where it exists already."""
+        """Make the directory of a new run; JobError where it exists already, CheckpointError where nothing could be
+        saved, and then there is no directory."""
         cls.refuse_existing(path)
         try:
             path.mkdir(parents=True)
@@ -65,6 +66,11 @@ class Run:
         run = cls(path.resolve())
         write_whole(run.path / DATA_MANIFEST, data.model_dump_json(indent=1))
         run.write_job(job)
+        try:
+            check_writable(run.store())
+        except CheckpointError:
+            run.remove()
+            raise
         return run
 
     @classmethod
@@ -153,7 +159,9 @@ class Run:
 
     def new_generation(self) -> tuple[int, Path]:
         """The number and folder of the next launch of ranks. What earlier ones left half-saved is removed."""
-        sweep(self.store())
+        store = self.store()
+        check_writable(store)
+        sweep(store)
         number = sum(1 for _ in (self.path / "generations").glob("[0-9]*"))
         folder = self.path / "generations" / f"{number:03d}"
         (folder / "logs").mkdir(parents=True)
@@ -195,11 +203,13 @@ class Run:
             raise CheckpointError("`latest` names no complete checkpoint", store.at(LATEST), other)
         return store.folder(name)
 
+    def checkpoint(self, step: int) -> Storage:
+        """Where the checkpoint of `step` is, if there is one."""
+        return self.store().folder(folder_name(step))
+
     def rewind(self, step: int) -> None:
-        """Let `latest` name the checkpoint of `step`; CheckpointError where there is none that can be read."""
-        store, name = self.store(), folder_name(step)
-        read_manifest(store.folder(name))
-        store.put(LATEST, _pointer(name))
+        """Let `latest` name the checkpoint of `step`."""
+        self.store().put(LATEST, _pointer(folder_name(step)))
         self.event("rewound", step=step)
 
     def commit(self, name: str, state: State, generation: int, ranks: int, keep: CheckpointConfig) -> None:

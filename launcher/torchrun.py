@@ -22,7 +22,6 @@ from armillary.launcher.job import Job, load_job
 from armillary.launcher.progress import View
 from armillary.launcher.run import Run
 from armillary.launcher.train import check_readable, resumable_job, until_step
-from armillary.storage import check_writable
 from armillary.training.checkpoint.manifest import State, read_manifest
 
 
@@ -96,7 +95,6 @@ def train(job_file: Path, run_dir: Path, overrides: list[str], force: bool = Fal
         if rank.rank == 0:
             opened = _open(run_dir, job)
             stack.enter_context(opened.locked())
-            check_writable(opened.store())
             number, _ = opened.new_generation()
             plan += torch.tensor([number, opened.has_checkpoint], device=rank.device)
         dist.broadcast(plan, 0)
@@ -145,7 +143,8 @@ def _open(run_dir: Path, job: Job) -> Run:
     """The run to go on with, or a new one."""
     if run_dir.exists():
         opened = Run.open(run_dir)
-        opened.write_job(resumable_job(opened, job))
+        state = read_manifest(opened.latest()).state if opened.has_checkpoint else None
+        opened.write_job(resumable_job(opened, job, state))
         return opened
     manifest = ensure_built(job.data)
     check_readable(job)

@@ -25,7 +25,7 @@ from armillary.launcher.plot import plot_loss
 from armillary.launcher.progress import View
 from armillary.launcher.run import Run
 from armillary.storage import Storage, is_url, open_storage
-from armillary.training.checkpoint.manifest import read_manifest
+from armillary.training.checkpoint.manifest import State, read_manifest
 
 KEPT_BY_RESUME = ("model", "data")  # a change would make the checkpoint's tensors or cursor mean something else
 FREE = ("data.path", "data.threads", "data.cache", "data.cache_bytes")  # of their keys, these may change
@@ -76,9 +76,8 @@ class Summary:
             console.print(f"{name:>12}  {value}", markup=False, highlight=False, soft_wrap=True)
 
 
-def check_data(run: Run, job: Job) -> None:
+def check_data(run: Run, job: Job, order: int) -> None:
     """DataError where the order of the data is another one than the run's, or its shards are."""
-    order = read_manifest(run.latest()).state.data_order if run.has_checkpoint else ORDER
     if order != ORDER:
         raise DataError(
             f"the run's data came in order {order}, this version has {ORDER}", run.path,
@@ -126,23 +125,24 @@ def resume(
     forced(os.environ.get(VARIABLE, ""))
     run = Run.open(path)
     with run.locked():
+        checkpoint = run.latest() if from_step is None else run.checkpoint(from_step)
+        state = read_manifest(checkpoint).state
+        check_edits(run, allow, state)
+        job = resumable_job(run, run.job(overrides).with_absolute_paths(), state)
+        refuse_what_does_not_fit(job, force)
+        until = until_step(job, stop_at, state.step)
         if from_step is not None:
             run.rewind(from_step)
-        check_edits(run, allow)
-        job = resumable_job(run, run.job(overrides).with_absolute_paths())
-        refuse_what_does_not_fit(job, force)
-        checkpoint = run.latest()
-        until = until_step(job, stop_at, read_manifest(checkpoint).state.step)
         return _train(run, job, until, checkpoint, console)
 
 
-def check_edits(run: Run, allow: Sequence[str]) -> None:
-    """JobError where job.toml was changed by hand since it was written, in keys that are not in `allow`."""
+def check_edits(run: Run, allow: Sequence[str], state: State) -> None:
+    """JobError where job.toml was changed by hand since it was written, in keys that are not in `allow`. state: of the
+    checkpoint to go on from."""
     job = run.job()
-    if not run.has_checkpoint or job.hash() == run.written_hash():
+    if job.hash() == run.written_hash():
         return
-    saved = read_manifest(run.latest()).state.job
-    found = [key for key in different(saved, job.model_dump(mode="json")) if not key.startswith("parallel.")]
+    found = [key for key in different(state.job, job.model_dump(mode="json")) if not key.startswith("parallel.")]
     if rest := [key for key in found if key not in allow]:
         raise JobError(
             f"job.toml is not what the checkpoint was made with: {', '.join(rest)}", run.path / "job.toml",
@@ -162,9 +162,9 @@ def different(some: dict, others: dict, prefix: str = "") -> list[str]:
     return found
 
 
-def resumable_job(run: Run, job: Job) -> Job:
-    """`job` if the run can go on with it; JobError or DataError if its model or data would be other ones."""
-    state = read_manifest(run.latest()).state if run.has_checkpoint else None
+def resumable_job(run: Run, job: Job, state: State | None) -> Job:
+    """`job` if the run can go on with it; JobError or DataError if its model or data would be other ones. state: of the
+    checkpoint to go on from, if there is one."""
     before, cursor = run.job(), state.cursor if state is not None else Cursor()
     free = {*FREE, "data.schedule"} if _planned(before, cursor) == _planned(job, cursor) else set(FREE)
     changed = ["checkpoint.path"] if before.checkpoint.path != job.checkpoint.path else []
@@ -176,7 +176,7 @@ def resumable_job(run: Run, job: Job) -> Job:
             f"a run cannot be resumed with another {', '.join(changed)}", run.path / "job.toml",
             "leave it as it was, or start a new run",
         )  # fmt: skip
-    check_data(run, job)
+    check_data(run, job, ORDER if state is None else state.data_order)
     check_readable(job)
     return job
 

@@ -72,6 +72,32 @@ class Projector(MegatronModule):
         return self.linear_out(F.gelu(self.linear_in(merged)[0]))[0]
 
 
+def _decoder_config(
+    model: ModelConfig, sequence_parallel: bool, stage_layers: Sequence[int], virtual: int, shared: dict
+) -> TransformerConfig:
+    """Of a stage of the decoder; shared: what the image encoder's has too."""
+    pipeline = parallel_state.get_pipeline_model_parallel_world_size()
+    uneven = len(set(stage_layers)) > 1
+    return transformer_config(
+        layers=model.depth,
+        hidden=model.hidden_size,
+        heads=model.num_heads,
+        groups=model.num_query_groups,
+        ffn=model.ffn_hidden_size,
+        pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        num_layers_in_first_pipeline_stage=stage_layers[0] if uneven else None,
+        # Of two stages the last one has what the first leaves; Megatron-core divides by those between.
+        num_layers_in_last_pipeline_stage=stage_layers[-1] if uneven and pipeline > 2 else None,
+        context_parallel_size=parallel_state.get_context_parallel_world_size(),
+        sequence_parallel=sequence_parallel,
+        # Of two stages, batched sends and receives are mixed up where they have virtual ones.
+        overlap_p2p_comm=virtual > 1,
+        batch_p2p_comm=virtual == 1,
+        **shared,
+    )
+
+
 class MultimodalModel(MegatronModule):
     """This rank's part of the model, or one of its virtual stages. The first pipeline stage holds embedding, image
     encoder and projector.
@@ -94,31 +120,12 @@ class MultimodalModel(MegatronModule):
         vp_stage: int = 0,
     ):
         """stage_layers: of each pipeline stage, if they are not shared evenly; vp_stage: which of `virtual` parts."""
-        pipeline = parallel_state.get_pipeline_model_parallel_world_size()
         shared = dict(
             eps=model.norm_eps,
             dtype=dtype,
             tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         )
-        uneven = len(set(stage_layers)) > 1
-        config = transformer_config(
-            layers=model.depth,
-            hidden=model.hidden_size,
-            heads=model.num_heads,
-            groups=model.num_query_groups,
-            ffn=model.ffn_hidden_size,
-            pipeline_model_parallel_size=pipeline,
-            virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
-            num_layers_in_first_pipeline_stage=stage_layers[0] if uneven else None,
-            # Of two stages the last one has what the first leaves; Megatron-core divides by those between.
-            num_layers_in_last_pipeline_stage=stage_layers[-1] if uneven and pipeline > 2 else None,
-            context_parallel_size=parallel_state.get_context_parallel_world_size(),
-            sequence_parallel=sequence_parallel,
-            # Of two stages, batched sends and receives are mixed up where they have virtual ones.
-            overlap_p2p_comm=virtual > 1,
-            batch_p2p_comm=virtual == 1,
-            **shared,
-        )
+        config = _decoder_config(model, sequence_parallel, stage_layers, virtual, shared)
         super().__init__(config)
         self.model, self.vp_stage = model, vp_stage if virtual > 1 else None
         self.pre_process = parallel_state.is_pipeline_first_stage() and vp_stage == 0
@@ -151,6 +158,7 @@ class MultimodalModel(MegatronModule):
                 model.hidden_size, model.vocab_size, config=config, init_method=no_init, bias=False, gather_output=False
             )
 
+        pipeline = parallel_state.get_pipeline_model_parallel_world_size()
         if model.tied_embeddings and pipeline > 1 and (self.pre_process or self.post_process):
             weight = self.embedding.weight if self.pre_process else self.output.weight
             weight.shared_embedding = True  # Megatron-core gives it a bucket of its own, alike on both stages

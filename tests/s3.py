@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import boto3
 import pytest
 from moto.server import ThreadedMotoServer
+from s3fs import S3FileSystem
 
 from armillary import storage
 
@@ -99,6 +100,7 @@ def s3_server() -> Iterator[Proxy]:
     }.items():  # fmt: skip
         patch.setenv(name, value)
     patch.setattr(storage, "FIRST_WAIT", 0.01)
+    S3FileSystem.clear_instance_cache()  # of an earlier server, at another port
     boto3.resource("s3").create_bucket(Bucket="bucket")
     try:
         yield proxy

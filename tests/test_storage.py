@@ -78,7 +78,7 @@ def test_what_passes_is_tried_again(proxy, fault):
 def test_what_does_not_pass_is_said(proxy, monkeypatch):
     far = open_storage("s3://bucket/down", CheckpointError)
     proxy.faults = ["500"] * 1000
-    with pytest.raises(CheckpointError, match="in 5 tries"):
+    with pytest.raises(CheckpointError, match="could not be written, in 5 tries"):
         far.put("file", BIG)
     proxy.faults = []
     assert far.sizes() == {}

@@ -1,7 +1,7 @@
 """What goes with what: the rules by which a layout is refused, and from which its documentation's table is made."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from armillary.model.config import ModelConfig
@@ -166,11 +166,11 @@ def problems(setting: Setting) -> list[tuple[str, str]]:
     found += [
         (FEATURES[rule.first].key, _refused(rule)) for rule in REFUSED if {rule.first, rule.second} <= used
     ]  # fmt: skip
-    return found + list(_sizes(setting))
+    return [*found, *_model_sizes(setting), *_batch_sizes(setting)]
 
 
-def _sizes(setting: Setting):
-    """What does not divide what."""
+def _model_sizes(setting: Setting) -> Iterator[tuple[str, str]]:
+    """What of the model the layout does not divide."""
     layout, model = setting.layout, setting.model
     shared = {
         "model.num_heads": model.num_heads,
@@ -204,15 +204,20 @@ def _sizes(setting: Setting):
         else:
             key = "parallel.virtual" if layout.virtual > 1 else "parallel.first_stage_layers"
             yield key, f"of model.depth={model.depth} layers, {error}"
-    ranks = layout.data * layout.context * layout.tensor
     if layout.expert > 1 and model.num_experts % layout.expert:
         fitting = _divisors(model.num_experts)
         yield (
             "parallel.expert",
             f"expert={layout.expert} does not divide num_experts={model.num_experts}; {fitting} would",
         )
+    ranks = layout.data * layout.context * layout.tensor
     if ranks % layout.expert:
         yield "parallel.expert", f"expert={layout.expert} does not divide data x context x tensor = {ranks}"
+
+
+def _batch_sizes(setting: Setting) -> Iterator[tuple[str, str]]:
+    """What of a step's rows and positions it does not."""
+    layout = setting.layout
     rows = layout.data * layout.micro_batch
     if setting.global_batch % rows:
         yield (

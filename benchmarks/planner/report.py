@@ -32,6 +32,37 @@ def markdown(answer: dict) -> str:
         "where), but for MegaScale's micro-batch, which is printed nowhere and assumed to be one row. How four",
         "codebases go about a step was corrected after a look at all rows, the scored ones too.",
         "",
+        *_time(answer),
+        "## Memory",
+        "",
+        "Of the fullest GPU, as PyTorch's allocator counts (GiB). The share that fragmentation takes is fitted, all",
+        "else is counted.",
+        "",
+        *_table(answer["memory"]),
+        "",
+        "![memory, planned and published](planner-memory.png)",
+        "",
+        *_long_runs(answer["goodput"]),
+        "## The worst rows",
+        "",
+        "| row | half | error |",
+        "|---|---|---|",
+        *_worst(answer["rows"]),
+        "",
+        "## Search",
+        "",
+        *(
+            f"- every layout of 16,384 H100s, {name}: {one['allowed']:,} allowed, {one['kept']:,} kept that fit, in "
+            f"{one['seconds']:.1f} s of one processor"
+            for name, one in answer["search"].items()
+        ),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _time(answer: dict) -> list[str]:
+    return [
         "## Time of a step",
         "",
         *_table(answer["time"]),
@@ -53,15 +84,11 @@ def markdown(answer: dict) -> str:
             for table, one in answer["unseen"].items()
         ),
         "",
-        "## Memory",
-        "",
-        "Of the fullest GPU, as PyTorch's allocator counts (GiB). The share that fragmentation takes is fitted, all",
-        "else is counted.",
-        "",
-        *_table(answer["memory"]),
-        "",
-        "![memory, planned and published](planner-memory.png)",
-        "",
+    ]
+
+
+def _long_runs(sizes: list[dict]) -> list[str]:
+    return [
         "## Long runs",
         "",
         "Simulated, not measured: `benchmarks/planner/goodput.toml` on H100s, with 64 micro-batches for each replica",
@@ -74,27 +101,12 @@ def markdown(answer: dict) -> str:
             f"| {one['gpus']:,} | {60 * one['mtbf_hours']:,.0f} | "
             + " | ".join(f"{one[key] / 60:.3g}" for key in ("checkpoint_cost", "interval", "young", "daly"))
             + f" | {one['goodput']:.1%} | {one['total']:.1%} |"
-            for one in answer["goodput"]
+            for one in sizes
         ),
         "",
         "![goodput from 1,000 to 100,000 H100s](planner-goodput.png)",
         "",
-        "## The worst rows",
-        "",
-        "| row | half | error |",
-        "|---|---|---|",
-        *_worst(answer["rows"]),
-        "",
-        "## Search",
-        "",
-        *(
-            f"- every layout of 16,384 H100s, {name}: {one['allowed']:,} allowed, {one['kept']:,} kept that fit, in "
-            f"{one['seconds']:.1f} s of one processor"
-            for name, one in answer["search"].items()
-        ),
-        "",
     ]
-    return "\n".join(lines)
 
 
 def _table(halves: dict) -> list[str]:

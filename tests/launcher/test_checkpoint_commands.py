@@ -4,10 +4,12 @@ import json
 import re
 
 import pytest
+from rich.console import Console
 
-from armillary.errors import ArmillaryError, CheckpointError
+from armillary.errors import ArmillaryError, CheckpointError, JobError
 from armillary.launcher.job import resolve
 from armillary.launcher.run import Run
+from armillary.launcher.train import resume
 from armillary.storage import LocalStorage, check_writable
 from armillary.training.checkpoint.catalog import Entry, kept, verify
 from armillary.training.checkpoint.manifest import State
@@ -115,3 +117,12 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be written"):
         check_writable(LocalStorage(tmp_path / "file" / "checkpoints"))
+
+
+def test_a_resume_that_is_refused_moves_nothing(run):
+    console = Console(quiet=True)
+    with pytest.raises(JobError, match=r"another model\.depth"):
+        resume(run.path, ["model.depth=9"], 0, console, from_step=10)
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        resume(run.path, [], 0, console, from_step=15)
+    assert latest(run) == (30, 2)

@@ -1,6 +1,7 @@
 """Weights that leave for Hugging Face's layout, and come back, are the same model."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -120,6 +121,16 @@ def test_what_cannot_be_had_is_refused(tables, tmp_path, armillary):
         export(experts, None, tmp_path / "out", False, "float32")
     (tmp_path / "out" / "model.safetensors").unlink()
     refused(armillary("checkpoint", "import", "out", "again"), "there is no", "in its files")
+
+
+def test_an_export_of_a_damaged_checkpoint_leaves_nothing(checkpoint, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint.at(), copy)
+    (file,) = copy.glob("*.bin")
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="corrupted"):
+        export(LocalStorage(copy), None, tmp_path / "out", True, "float32")
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
 
 def test_a_run_begins_with_weights(tables, checkpoint, tmp_path):

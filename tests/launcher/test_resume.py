@@ -11,6 +11,7 @@ from armillary.launcher.job import resolve
 from armillary.launcher.run import Run
 from armillary.launcher.train import check_edits, resumable_job
 from armillary.training.checkpoint.manifest import State
+from armillary.training.checkpoint.manifest import read_manifest as read_checkpoint
 
 BLOCK = BLOCK_ROWS * 128  # positions of a block of the tiny job
 
@@ -33,7 +34,11 @@ def checkpoint_of(run, order, job=None):
 
 
 def changed(run, *overrides):
-    return resumable_job(run, run.job(list(overrides)))
+    return resumable_job(run, run.job(list(overrides)), state_of(run))
+
+
+def state_of(run):
+    return read_checkpoint(run.latest()).state
 
 
 def schedule(position):
@@ -57,17 +62,17 @@ def test_a_job_that_was_changed_by_hand_is_refused_until_it_is_meant(tables, sha
     job = resolve(tables, "test")
     run = Run.create(tmp_path / "run", job, read_manifest(LocalFolder(shards)))
     checkpoint_of(run, ORDER, job.train_job().model_dump(mode="json"))
-    check_edits(run, ())
+    check_edits(run, (), state_of(run))
     file = run.path / "job.toml"
     text = file.read_text()
     file.write_text(text.replace("learning_rate = 0.01", "learning_rate = 0.02").replace("every = 100", "every = 50"))
     with pytest.raises(JobError, match=r"made with: optimizer\.learning_rate, checkpoint\.every"):
-        check_edits(run, ())
+        check_edits(run, (), state_of(run))
     with pytest.raises(JobError, match=r"made with: checkpoint\.every"):
-        check_edits(run, ["optimizer.learning_rate"])
-    check_edits(run, ["optimizer.learning_rate", "checkpoint.every"])
+        check_edits(run, ["optimizer.learning_rate"], state_of(run))
+    check_edits(run, ["optimizer.learning_rate", "checkpoint.every"], state_of(run))
     run.write_job(run.job())
-    check_edits(run, ())
+    check_edits(run, (), state_of(run))
 
 
 def test_a_resume_builds_nothing(run, tmp_path):

@@ -14,7 +14,7 @@ from armillary.model.coordinates import split_axis
 from armillary.storage import LocalStorage
 from armillary.training.checkpoint.commit import commit
 from armillary.training.checkpoint.load import Reader
-from armillary.training.checkpoint.manifest import MANIFEST, read_manifest
+from armillary.training.checkpoint.manifest import MANIFEST, read_manifest, to_bytes
 from armillary.training.layout import Layout
 from armillary.training.loop import Assignment, Trainer
 from armillary.training.process_group import Rank, join
@@ -130,6 +130,19 @@ def test_any_flipped_byte_of_a_tensor_is_found(runs, tmp_path):
         with pytest.raises(CheckpointError, match="corrupted"):
             read_all(folder)
         path.write_bytes(good)
+
+
+@pytest.mark.parametrize("wrong", [{"file": "../elsewhere.bin"}, {"bytes": 8}, {"offset": -64}, {"shape": (1,)}])
+def test_a_manifest_that_is_sealed_but_wrong_is_refused(runs, tmp_path, wrong):
+    """Whoever made it: no path leads out of its folder, and no chunk is of another size than it says."""
+    folder = copied(runs[3], tmp_path / "copy")
+    manifest = reader(folder).manifest
+    first, *others = manifest.chunks
+    (folder / MANIFEST).write_bytes(
+        to_bytes(manifest.model_copy(update={"chunks": (first.model_copy(update=wrong), *others)}))
+    )
+    with pytest.raises(CheckpointError, match="outside its folder" if "file" in wrong else "contradicts itself"):
+        read_manifest(LocalStorage(folder))
 
 
 @pytest.mark.parametrize("damage", ["no manifest", "torn manifest", "no file", "short file", "outside"])

@@ -6,12 +6,15 @@ import threading
 import time
 
 import pytest
+import torch
 
 from armillary.errors import RunError
 from armillary.launcher.job import resolve
+from armillary.model.coordinates import Block
 from armillary.storage import LocalStorage
 from armillary.training.checkpoint.commit import commit
 from armillary.training.checkpoint.load import Reader
+from armillary.training.checkpoint.saver import Saver
 from armillary.training.checkpoint.snapshot import Snapshot
 from armillary.training.loop import Assignment, run
 from armillary.training.process_group import Rank, join
@@ -152,6 +155,19 @@ def test_nothing_changes_before_it_is_copied(tables, tmp_path, monkeypatch):
     assert watcher.saved_steps == [2, 4, 6]
     for step in watcher.saved_steps:
         assert contents(tmp_path / "slow", step) == contents(tmp_path / "quick", step)
+
+
+def test_a_state_that_cannot_be_had_leaves_no_save_under_way(tmp_path):
+    def tensors():
+        yield "weight", Block("name", (3,), (0,), torch.ones(3))
+        raise RuntimeError("no more")
+
+    saver = Saver(LocalStorage(tmp_path), 0, 0, 1, False, lambda name, state: pytest.fail("nothing to commit"))
+    with pytest.raises(RuntimeError, match="no more"):
+        saver.save("step", tensors(), False, None)
+    saver.wait()
+    assert not saver.busy
+    assert list(tmp_path.iterdir()) == []
 
 
 def one_rank_fails(rank, tables, folder):

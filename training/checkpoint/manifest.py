@@ -1,6 +1,7 @@
 """What is in a checkpoint: the manifest, written last. Without it there is no checkpoint."""
 
 import json
+import math
 import re
 from pathlib import PurePosixPath
 
@@ -111,6 +112,8 @@ def read_manifest(checkpoint: Storage) -> Manifest:
     except (ValidationError, ValueError) as error:
         raise CheckpointError(f"the manifest cannot be read: {str(error).splitlines()[0]}", where, OTHER) from None
     for chunk in manifest.chunks:
+        if chunk.bytes != 4 * math.prod(chunk.shape) or chunk.offset < 0:
+            raise CheckpointError(f"the manifest contradicts itself: {chunk.key}", where, OTHER)
         if PurePosixPath(chunk.file).name != chunk.file:
             raise CheckpointError(f"the manifest names a file outside its folder: {chunk.file}", where, OTHER)
     return manifest

@@ -29,6 +29,7 @@ class Saver:
         self._snapshot = Snapshot(part_name(generation, rank), pinned)
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self._whole = False  # whether there is a plan for all tensors
         self._given_up, self._copied, self._written = threading.Event(), threading.Event(), threading.Event()
 
     def save(self, name: str, tensors: Iterable[tuple[str, Block]], live: bool, state: State) -> None:
@@ -38,11 +39,15 @@ class Saver:
         self._copied.clear()
         self._given_up.clear()
         self._written.clear()
+        self._whole = False
         planned = threading.Event()  # a thread that starts takes its time before it lets the one go on that started it
         self._thread = threading.Thread(target=self._run, args=(name, state, planned), name=f"save {name}", daemon=True)
         self._thread.start()
-        self._snapshot.plan(tensors, live)
-        planned.set()
+        try:
+            self._snapshot.plan(tensors, live)
+            self._whole = True
+        finally:
+            planned.set()
 
     @property
     def busy(self) -> bool:
@@ -85,6 +90,8 @@ class Saver:
 
     def _run(self, name: str, state: State, planned: threading.Event) -> None:
         planned.wait()
+        if not self._whole:  # whose failure `save` has raised
+            return
         folder = self._store.folder(name)
         try:
             self._snapshot.copy()
