@@ -25,7 +25,7 @@ from pydantic import ValidationError
 
 from armillary.data_pipeline.shards import Manifest
 from armillary.data_pipeline.tokenizer import Tokenizer
-from armillary.errors import CheckpointError, JobError
+from armillary.errors import ArmillaryError, CheckpointError, JobError
 from armillary.files import write_whole
 from armillary.launcher.job import Job, apply_overrides, read_toml, resolve
 from armillary.storage import Storage, check_writable, open_storage
@@ -54,8 +54,8 @@ class Run:
 
     @classmethod
     def create(cls, path: Path, job: Job, data: Manifest) -> "Run":
-        """Make the directory of a new run; JobError where it exists already, CheckpointError where nothing could be
-        saved, and then there is no directory."""
+        """Make the directory of a new run. JobError where it exists already, or another run's checkpoints lie where its
+        own would; CheckpointError where nothing could be saved; then there is no directory."""
         cls.refuse_existing(path)
         try:
             path.mkdir(parents=True)
@@ -67,8 +67,13 @@ class Run:
         write_whole(run.path / DATA_MANIFEST, data.model_dump_json(indent=1))
         run.write_job(job)
         try:
-            check_writable(run.store())
-        except CheckpointError:
+            store = run.store()
+            check_writable(store)
+            if LATEST in store.sizes():
+                raise JobError(
+                    "another run has its checkpoints there", store.at(), "name another --run-dir or checkpoint.path"
+                )
+        except ArmillaryError:
             run.remove()
             raise
         return run

@@ -6,6 +6,7 @@ from armillary.data_pipeline.shards import Manifest
 from armillary.errors import CheckpointError, JobError
 from armillary.launcher.job import resolve
 from armillary.launcher.run import Run
+from tests.chaos.saves import latest, save
 from tests.data_pipeline.test_tokenizer import TOKENIZER
 
 DATA = Manifest(
@@ -111,5 +112,20 @@ def test_what_a_killed_launch_left_half_saved_is_gone_with_the_next(run):
     half.mkdir(parents=True)
     for name in ("g000-r00000-000.bin", ".g000-r00001-000.bin.tmp", "g000-r00000.json"):
         (half / name).write_bytes(b"something")
+    theirs = [half / "notes.txt", run.path / "checkpoints" / "images" / "g000-r00000.json"]
+    theirs[1].parent.mkdir()
+    for file in theirs:
+        file.write_text("somebody else's")
     run.new_generation()
-    assert list((run.path / "checkpoints").iterdir()) == []
+    assert sorted(run.store().sizes()) == ["images/g000-r00000.json", "step-00000001/notes.txt"]
+
+
+def test_two_runs_do_not_share_a_folder_of_checkpoints(tables, tmp_path):
+    job = resolve(tables | {"checkpoint": {"path": str(tmp_path / "store")}}, "test")
+    first = Run.create(tmp_path / "a" / "run", job, DATA)
+    Run.create(tmp_path / "b" / "run", job, DATA).remove()  # nothing is saved yet
+    save(first, 0, 10, 1, job.checkpoint, lambda: False)
+    with pytest.raises(JobError, match="another run has its checkpoints there"):
+        Run.create(tmp_path / "b" / "run", job, DATA)
+    assert not (tmp_path / "b" / "run").exists()
+    assert latest(first) == (10, 1)

@@ -9,7 +9,7 @@ import xxhash
 
 from armillary.errors import CheckpointError
 from armillary.storage import Storage
-from armillary.training.checkpoint.manifest import MANIFEST, Chunk, State, read_manifest
+from armillary.training.checkpoint.manifest import FOLDER, MANIFEST, Chunk, State, read_manifest
 
 READERS = 4  # chunks at once
 
@@ -39,7 +39,7 @@ def listed(store: Storage) -> list[Entry]:
     found = []
     for file in store.sizes():
         name, _, last = file.rpartition("/")
-        if last == MANIFEST:
+        if last == MANIFEST and FOLDER.fullmatch(name):
             try:
                 manifest = read_manifest(store.folder(name))
             except CheckpointError as error:

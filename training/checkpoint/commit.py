@@ -9,9 +9,11 @@ from armillary.errors import CheckpointError
 from armillary.storage import Storage
 from armillary.training.checkpoint.manifest import (
     CHUNKS,
+    FOLDER,
     FORMAT,
     MANIFEST,
     MOMENTS,
+    WRITTEN,
     Chunk,
     Manifest,
     State,
@@ -56,11 +58,11 @@ def remove(folder: Storage) -> None:
 
 
 def sweep(store: Storage) -> None:
-    """Remove what saves that did not end have left in the folders of a store: every file that no manifest names."""
+    """Remove what saves that did not end have left in the checkpoints' folders of a store: what no manifest names."""
     by_folder: dict[str, set[str]] = {}
     for file in store.sizes():
         folder, _, name = file.rpartition("/")
-        if folder:
+        if FOLDER.fullmatch(folder):
             by_folder.setdefault(folder, set()).add(name)
     for name, files in by_folder.items():
         folder, held = store.folder(name), set()
@@ -73,8 +75,8 @@ def sweep(store: Storage) -> None:
 
 
 def _remove(folder: Storage, files: Iterable[str]) -> None:
-    """The manifest first: what a crash leaves is no checkpoint."""
-    for file in sorted(files, key=lambda file: (file != MANIFEST, file)):
+    """The manifest first: what a crash leaves is no checkpoint. What somebody else has put there stays."""
+    for file in sorted(filter(WRITTEN.fullmatch, files), key=lambda file: (file != MANIFEST, file)):
         folder.remove(file)
 
 

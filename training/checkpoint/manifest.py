@@ -15,6 +15,8 @@ from armillary.table import Table
 
 FORMAT = 4
 MANIFEST = "manifest.json"
+FOLDER = re.compile(r"step-\d{8,}")  # see folder_name
+WRITTEN = re.compile(r"manifest\.json|g\d{3,}-r\d{5,}(-\d{3,}\.bin|\.json)|\..+\.tmp")  # the files that saves make
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, saved with every weight
 
 
