@@ -126,3 +126,21 @@ def test_a_resume_that_is_refused_moves_nothing(run):
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         resume(run.path, [], 0, console, from_step=15)
     assert latest(run) == (30, 2)
+
+
+@pytest.mark.parametrize(("end", "said"), [("manifest.json", "damaged"), ("r00001-000.bin", "bytes where")])
+def test_latest_moves_only_when_what_was_written_is_there(run, monkeypatch, end, said):
+    """A storage that keeps less than it was given."""
+    real = LocalStorage.put
+    monkeypatch.setattr(LocalStorage, "put", lambda self, name, content: real(self, name, _less(name, end, content)))
+    with pytest.raises(CheckpointError, match=said):
+        save(run, 0, 40, 4, ALL, lambda: False)
+    monkeypatch.undo()
+    assert latest(run) == (30, 2)
+    save(run, 1, 40, 5, ALL, lambda: False)
+    assert latest(run) == (40, 5)
+    assert found(run)[40] == 5
+
+
+def _less(name, end, content):
+    return content[:-4] if name.endswith(end) else content
