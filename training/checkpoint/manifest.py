@@ -63,7 +63,7 @@ class Manifest(Table):
     chunks: tuple[Chunk, ...]
 
 
-OTHER = "resume from another checkpoint of the run"
+OTHER = "take another one: `armillary checkpoint list RUN` shows those of a run"
 SEAL = b',"xxh3":"'  # the last key of the text: the checksum of all before it
 
 
