@@ -33,6 +33,7 @@ def connected(address: str, ranks: int) -> Iterator[bool]:
             # Ray takes 127.0.0.1 for "my public address" and listens on every interface, unless told (before its
             # import) that this machine cannot be part of a larger cluster.
             os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+            os.environ.setdefault("RAY_worker_niceness", "0")  # not 15: ranks come before Ray's own processes
         import ray
 
         try:

@@ -76,8 +76,10 @@ class Summary:
             console.print(f"{name:>12}  {value}", markup=False, highlight=False, soft_wrap=True)
 
 
-def check_data(run: Run, job: Job, order: int) -> None:
-    """DataError where the order of the data is another one than the run's, or its shards are."""
+def check_data(run: Run, job: Job, state: State | None) -> None:
+    """DataError where the order of the data is another one than the run's, or its shards are. state: of the run's
+    checkpoint, if there is one."""
+    order = ORDER if state is None else state.data_order
     if order != ORDER:
         raise DataError(
             f"the run's data came in order {order}, this version has {ORDER}", run.path,
@@ -176,7 +178,7 @@ def resumable_job(run: Run, job: Job, state: State | None) -> Job:
             f"a run cannot be resumed with another {', '.join(changed)}", run.path / "job.toml",
             "leave it as it was, or start a new run",
         )  # fmt: skip
-    check_data(run, job, ORDER if state is None else state.data_order)
+    check_data(run, job, state)
     check_readable(job)
     return job
 

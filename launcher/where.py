@@ -8,6 +8,7 @@ from armillary.data_pipeline.loader import Loader
 from armillary.errors import JobError
 from armillary.launcher.run import Run
 from armillary.launcher.train import check_data
+from armillary.training.checkpoint.manifest import read_manifest
 
 
 class Where:
@@ -20,7 +21,7 @@ class Where:
         self._run, job = run, run.job(overrides).with_absolute_paths()
         if job.data.packing == "windows":
             raise JobError("a window is no document: it is cut from the token stream", run.path, "see data.packing")
-        check_data(run, job)
+        check_data(run, job, read_manifest(run.latest()).state if run.has_checkpoint else None)
         self.loader = Loader(job.data, job.image_shape)
         self._sources = [source.name for source in job.data.sources]
         curve = run.curve()
