@@ -48,8 +48,18 @@ class RunError(ArmillaryError):
     exit_code = 1
 
 
+class LossError(RunError):
+    """The loss or the gradient norm of a step cannot be trained on."""
+
+
 class FaultError(RunError):
     """A run lost a machine or a process: the same may go well another time."""
 
 
-ERRORS = {kind.__name__: kind for kind in (JobError, DataError, CheckpointError, ClusterError, RunError)}
+class PreemptedError(RunError):
+    """A run was told to make room (SIGTERM): it can be resumed somewhere else."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h
+
+
+ERRORS = {kind.__name__: kind for kind in (JobError, DataError, CheckpointError, ClusterError, RunError, LossError)}

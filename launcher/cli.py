@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from armillary import __version__
-from armillary.errors import ArmillaryError, JobError
+from armillary.errors import ArmillaryError, JobError, PreemptedError
 from armillary.launcher.arguments import Address, AsJson, Force, JobFile, Overrides, RunPath, StopAt, counted
 from armillary.launcher.checkpoint_commands import app as checkpoint_app
 from armillary.launcher.data_commands import app as data_app
@@ -194,5 +194,6 @@ def _finish(summary, as_json: bool) -> None:
     else:
         summary.print(Console())
     if summary.interrupted:
-        print(f"interrupted; go on with: armillary resume {summary.run}", file=sys.stderr)
-        sys.exit(130)
+        print(f"{'preempted' if summary.preempted else 'interrupted'}; go on with: armillary resume {summary.run}",
+              file=sys.stderr)  # fmt: skip
+        sys.exit(PreemptedError.exit_code if summary.preempted else 130)

@@ -4,12 +4,16 @@ import contextlib
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from armillary.errors import ClusterError
 from armillary.launcher.placement import Node
+
+ANSWER_SECONDS = 2.0
 
 
 @contextlib.contextmanager
@@ -74,14 +78,30 @@ def connected(address: str, ranks: int) -> Iterator[bool]:
 
 
 def nodes(gpus: bool, cpus_per_rank: int) -> list[Node]:
-    """The live nodes of the connected cluster and their room for ranks: one a GPU, or one a `cpus_per_rank`."""
+    """The live nodes of the connected cluster and their room for ranks: one a GPU, or one a `cpus_per_rank`.
+
+    Ray takes seconds to notice that a node is gone: a node whose agent does not answer is none.
+    """
     import ray
 
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    if not alive:
+        return []
+    with ThreadPoolExecutor(min(64, len(alive))) as pool:
+        answers = list(pool.map(_answers, alive))
     return [
         Node(node["NodeID"], int(node["Resources"].get("GPU" if gpus else "CPU", 0) // (1 if gpus else cpus_per_rank)))
-        for node in ray.nodes()
-        if node["Alive"]
+        for node, answer in zip(alive, answers, strict=True)
+        if answer
     ]
+
+
+def _answers(node: dict) -> bool:
+    try:
+        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), ANSWER_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 def _check_token() -> None:

@@ -31,6 +31,16 @@ class ClusterConfig(Table):
         ge=0,
         description="times that a run which lost a process or a machine may start again without a new checkpoint",
     )
+    min_ranks: int = Field(
+        1, ge=1, description="where machines are lost, go on with fewer data-parallel copies down to so many ranks"
+    )
+    standby: bool = Field(
+        False, description="beside each rank a process that waits, to take its place at once; it needs host memory"
+    )
+    hang_timeout: float = Field(
+        600.0, gt=0, description="seconds in which no rank moves, after which the run starts anew from its checkpoint"
+    )
+    grace: float = Field(30.0, gt=0, description="seconds from a SIGTERM within which a checkpoint is to be saved")
     start_timeout: float = Field(300.0, gt=0, description="seconds that ranks may take to find machines and meet")
 
 

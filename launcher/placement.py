@@ -1,5 +1,6 @@
 """Which rank runs on which node: pure decisions."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from armillary.errors import ClusterError
@@ -22,34 +23,38 @@ class Bundle:
     count: int
 
 
-def place(nodes: list[Node], world_size: int, tensor: int) -> list[Bundle]:
-    """Ranks in order over the roomiest nodes, whole tensor-parallel groups only.
-
-    ClusterError where the nodes have too little room for `world_size` ranks in groups of `tensor`.
-    """
+def place(nodes: Sequence[Node], world_size: int, tensor: int) -> list[Bundle]:
+    """Ranks in order over the roomiest nodes, whole tensor-parallel groups only; [] where there is too little room."""
     bundles, first = [], 0
     for node in sorted(nodes, key=lambda node: (-node.room, node.id)):
         count = min(node.room // tensor * tensor, world_size - first)
         if count > 0:
             bundles.append(Bundle(node.id, first, count))
             first += count
-    if first < world_size:
-        room = ", ".join(f"{node.id[:8]}: {node.room}" for node in nodes) or "none"
-        raise ClusterError(
-            f"the layout needs {world_size} ranks in groups of {tensor} on one node; there is room for {first}",
-            f"room for ranks by node: {room}",
-            "use a smaller layout, a larger cluster, or a smaller cluster.cpus_per_rank",
-        )
-    return bundles
+    return bundles if first == world_size else []
+
+
+def no_room(nodes: Sequence[Node], world_size: int, tensor: int) -> ClusterError:
+    """What to say then."""
+    room = ", ".join(f"{node.id[:8]}: {node.room}" for node in nodes) or "none"
+    found = sum(node.room // tensor * tensor for node in nodes)
+    return ClusterError(
+        f"the layout needs {world_size} ranks in groups of {tensor} on one node; there is room for {found}",
+        f"room for ranks by node: {room}",
+        "use a smaller layout, a larger cluster, or a smaller cluster.cpus_per_rank",
+    )
 
 
 @dataclass(frozen=True)
 class Failure:
-    """How a rank ended badly: `kind` is an error class of armillary.errors, "died", or another exception's name."""
+    """How a rank ended badly: `kind` is an error class of armillary.errors, "died", or another exception's name. phase
+    and step: where in training it was, if it lived to tell."""
 
     rank: int
     kind: str
     message: str
+    phase: str | None = None
+    step: int | None = None
 
 
 def is_fault(failure: Failure) -> bool:

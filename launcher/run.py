@@ -10,6 +10,7 @@ data_manifest.json   the manifest of the shards that the run trains on, their to
 metrics_targets.json where the ranks' metrics are, for Prometheus' file_sd
 """
 
+import collections
 import contextlib
 import fcntl
 import json
@@ -23,6 +24,7 @@ from pathlib import Path
 import xxhash
 from pydantic import ValidationError
 
+from armillary.data_pipeline.cursor import Cursor
 from armillary.data_pipeline.shards import Manifest
 from armillary.data_pipeline.tokenizer import Tokenizer
 from armillary.errors import ArmillaryError, CheckpointError, JobError
@@ -31,8 +33,9 @@ from armillary.launcher.job import Job, apply_overrides, read_toml, resolve
 from armillary.storage import Storage, check_writable, open_storage
 from armillary.training.checkpoint.catalog import kept, listed
 from armillary.training.checkpoint.commit import commit, remove, sweep
-from armillary.training.checkpoint.manifest import MANIFEST, State, folder_name
+from armillary.training.checkpoint.manifest import MANIFEST, State, folder_name, read_manifest
 from armillary.training.config import CheckpointConfig
+from armillary.training.health import Verdict
 
 DATA_MANIFEST = "data_manifest.json"
 LATEST = "latest"
@@ -131,7 +134,7 @@ class Run:
             tables["parallel"].pop("data", None)
         return resolve(apply_overrides(tables, overrides), str(self.path / "job.toml"))
 
-    def event(self, kind: str, **fields) -> None:
+    def event(self, kind: str, /, **fields) -> None:
         """Append one event on a line of its own, also behind a line that a crash cut off."""
         line = json.dumps({"time": round(time.time(), 3), "event": kind, **fields}) + "\n"
         with open(self.events_file, "ab+") as file:
@@ -208,6 +211,9 @@ class Run:
             raise CheckpointError("`latest` names no complete checkpoint", store.at(LATEST), other)
         return store.folder(name)
 
+    def latest_step(self) -> int:
+        return read_manifest(self.latest()).state.step
+
     def checkpoint(self, step: int) -> Storage:
         """Where the checkpoint of `step` is, if there is one."""
         return self.store().folder(folder_name(step))
@@ -216,6 +222,28 @@ class Run:
         """Let `latest` name the checkpoint of `step`."""
         self.store().put(LATEST, _pointer(folder_name(step)))
         self.event("rewound", step=step)
+
+    def leave_out(self, step: int, cursor: dict) -> None:
+        """Go on from the checkpoint of `step`, 0: from the start, but with the data after `cursor`."""
+        self.event("rewind", from_step=step, cursor=cursor)
+
+    def beyond(self, step: int) -> Cursor:
+        """Where the data goes on for who goes on from the checkpoint of `step`, if that is further than it says itself.
+        A `resume --from-step` in between begins anew."""
+        cursor = Cursor()
+        for event in self.events():
+            if event["event"] == "rewound":
+                cursor = Cursor()
+            elif event["event"] == "rewind" and event["from_step"] == step:
+                cursor = Cursor(**event["cursor"])
+        return cursor
+
+    def verdict(self, verdict: Verdict) -> None:
+        self.event("verdict", **verdict.as_dict())
+
+    def verdicts(self) -> dict[str, int]:
+        """How many of each kind there were."""
+        return dict(collections.Counter(event["kind"] for event in self.events("verdict")))
 
     def commit(self, name: str, state: State, generation: int, ranks: int, keep: CheckpointConfig) -> None:
         """Make a checkpoint of what `ranks` ranks of a generation wrote into the folder `name` of the store, point

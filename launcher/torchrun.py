@@ -16,13 +16,14 @@ from pathlib import Path
 from rich.console import Console
 
 from armillary.data_pipeline.build import ensure_built
-from armillary.errors import ArmillaryError, JobError
+from armillary.errors import ArmillaryError, JobError, PreemptedError
 from armillary.launcher.fitting import peak_flops, refuse_what_does_not_fit
 from armillary.launcher.job import Job, load_job
 from armillary.launcher.progress import View
 from armillary.launcher.run import Run
 from armillary.launcher.train import check_readable, resumable_job, until_step
 from armillary.training.checkpoint.manifest import State, read_manifest
+from armillary.training.health import Verdict
 
 
 class LocalObserver:
@@ -30,11 +31,12 @@ class LocalObserver:
 
     def __init__(self, run: Run, job: Job, generation: int, view: View):
         self._run, self._job, self._generation, self._view, self._stop = run, job, generation, view, False
+        self.terminated = False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._request_stop)
 
     def _request_stop(self, number, frame) -> None:
-        self._stop = True
+        self._stop, self.terminated = True, self.terminated or number == signal.SIGTERM
 
     def stop_requested(self) -> bool:
         return self._stop
@@ -46,6 +48,12 @@ class LocalObserver:
     def saved(self, name: str, state: State) -> None:
         self._run.commit(name, state, self._generation, self._job.parallel.world_size, self._job.checkpoint)
         self._view.saved(state.step)
+
+    def verdict(self, verdict: Verdict) -> None:
+        self._run.verdict(verdict)
+        self._view.say(verdict.line())
+        if verdict.action == "rewind":
+            self._run.leave_out(self._run.latest_step() if self._run.has_checkpoint else 0, verdict.cursor)
 
     def not_saved(self, step: int, reason: str) -> None:
         self._run.event("not_saved", step=step, reason=reason)
@@ -115,16 +123,19 @@ def train(job_file: Path, run_dir: Path, overrides: list[str], force: bool = Fal
             if rank.rank == 0:
                 opened.write_targets(addresses)
 
-        peak = peak_flops(job.training.precision)
+        peak, verdicts = peak_flops(job.training.precision), opened.verdicts()
+        beyond = opened.beyond(read_manifest(resume).state.step if resume else 0)
         step = run(
             Assignment(opened.path.name, job.train_job(), job.hash(), rank, opened.store_location(job.checkpoint),
-                       resume.at() if resume else None, until, generation, peak),
+                       resume.at() if resume else None, until, generation, peak, beyond, verdicts),
             observer,
             serving,
         )  # fmt: skip
         if rank.rank == 0:
             opened.event("ended", generation=generation, step=step, interrupted=step < until)
     leave()
+    if observer.terminated and step < until:
+        raise PreemptedError(f"stopped by SIGTERM after step {step}, with a checkpoint", run_dir, "start it again")
 
 
 def _gathered(address: str, rank) -> list[str]:

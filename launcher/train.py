@@ -52,6 +52,7 @@ class Summary:
     accuracy: float | None = None
     blind_accuracy: float | None = None
     questions: int | None = None
+    preempted: bool = False
 
     def as_dict(self) -> dict:
         return asdict(self)
@@ -247,6 +248,7 @@ def _summarise(run: Run, job: Job, outcome: Outcome) -> Summary:
         steps=outcome.step,
         total_steps=job.training.steps,
         interrupted=outcome.interrupted,
+        preempted=outcome.preempted,
         tokens=curve[-1]["tokens"],
         tokens_per_second=round((len(steps) - 1) * job.tokens_per_step / seconds, 1) if seconds else 0.0,
         first_loss=curve[0]["loss"],

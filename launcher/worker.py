@@ -1,44 +1,76 @@
 """One rank as a Ray actor: runs training.loop, and answers the driver meanwhile."""
 
+import contextlib
 import os
+import signal
 import socket
 import sys
 import threading
+import time
 import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import ray
 
+from armillary.data_pipeline.cursor import Cursor
 from armillary.errors import ArmillaryError, CheckpointError, RunError
 from armillary.launcher.placement import Failure
 from armillary.training.checkpoint.manifest import State
+from armillary.training.health import Verdict
 
 COMMIT_TIMEOUT = 600.0
+FENCE_SECONDS = 0.5  # between two looks at the parent
+FENCE_TIMEOUT = 30.0
 NEWS_SECONDS = 1.0  # that figures of steps may wait: each answer to the driver takes time from the training
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A rank that ended well: the last step done, and whether a SIGTERM to it was the reason."""
+
+    step: int
+    preempted: bool
 
 
 class Worker:
     """Methods other than `run` are called while it runs, in other threads of the actor."""
 
-    def __init__(self, rank: int, log: Path):
-        self._rank = rank
+    def __init__(self):
+        self._rank = -1
         self._stop = threading.Event()
+        self._preempted = False
         self._committed, self._problem = threading.Event(), None
         self._messages: list[dict] = []
         self._heard = 0  # messages that the driver has taken in, and that are forgotten here
         self._news = threading.Condition()
         self._urgent = self._over = False  # whether the driver shall hear now, and whether there is nothing to wait for
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+        on_sigterm(self._preempt)
+
+    def warm(self) -> None:
+        """Do the imports, which take seconds."""
+        import armillary.launcher.fitting
+        import armillary.training.loop  # noqa: F401
+
+    def prepare(self, rank: int, log: Path, before: list[dict]) -> None:
+        """Become a rank whose output goes to `log`, once the processes of `before` on this machine are gone."""
+        self._rank = rank
         log.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         sys.stdout.flush()
         sys.stderr.flush()
         os.dup2(file, 1)
         os.dup2(file, 2)
+        here = self.where()["node"]
+        end_processes((place["pid"], place["began"]) for place in before if place["node"] == here)
 
     def where(self) -> dict:
-        """This rank's node, address and process."""
-        context = ray.get_runtime_context()
-        return {"node": context.get_node_id(), "address": ray.util.get_node_ip_address(), "pid": os.getpid()}
+        """This rank's node, address and process, which a number names only together with when it began."""
+        context, address = ray.get_runtime_context(), ray.util.get_node_ip_address()
+        pid = os.getpid()
+        return {"node": context.get_node_id(), "address": address, "pid": pid, "began": began(pid)}
 
     def free_port(self, address: str) -> int:
         """A port on `address` that was free just now."""
@@ -46,8 +78,8 @@ class Worker:
             probe.bind((address, 0))
             return probe.getsockname()[1]
 
-    def run(self, assignment: dict) -> Failure | int:
-        """Train; the last step done, or how it failed. The traceback of anything unforeseen is in the log."""
+    def run(self, assignment: dict) -> Failure | Ended:
+        """Train; how far, or how it failed. The traceback of anything unforeseen is in the log."""
         try:
             from armillary.launcher.fitting import peak_flops
             from armillary.training.config import TrainJob
@@ -56,21 +88,33 @@ class Worker:
 
             job = TrainJob.model_validate(assignment.pop("job"))
             timeout = assignment.pop("start_timeout")
-            rank = Rank(**assignment.pop("rank"))
+            rank, beyond = Rank(**assignment.pop("rank")), Cursor(**assignment.pop("beyond"))
             join(rank, job.parallel, timeout)
             peak = peak_flops(job.training.precision)
-            step = run(Assignment(job=job, rank=rank, peak_flops=peak, **assignment), self, self._serving)
+            assigned = Assignment(job=job, rank=rank, peak_flops=peak, beyond=beyond, **assignment)
+            step = run(assigned, self, self._serving)
             leave()
-            return step
+            return Ended(step, self._preempted)
         except ArmillaryError as error:
             print(error, file=sys.stderr, flush=True)
-            return Failure(self._rank, type(error).__name__, "\0".join((error.what, error.where, error.fix)))
+            return self._failure(error, "\0".join((error.what, error.where, error.fix)))
         except Exception as error:
             traceback.print_exc()
             sys.stderr.flush()
-            return Failure(self._rank, type(error).__name__, str(error).strip().splitlines()[0] if str(error) else "")
+            return self._failure(error, str(error).strip().splitlines()[0] if str(error) else "")
         finally:
             self._ended()
+
+    def _failure(self, error: Exception, message: str) -> Failure:
+        report = self.report()
+        return Failure(self._rank, type(error).__name__, message, report["phase"], report["step"])
+
+    def report(self) -> dict:
+        """How far this rank is: see training.health.Heartbeat.report."""
+        health = sys.modules.get("armillary.training.health")
+        if beating := getattr(health, "heartbeat", None):
+            return beating.report()
+        return {"step": 0, "phase": "start", "beats": 0, "silent": 0.0, "collective": "", "line": "imports"}
 
     def messages(self, since: int) -> list[dict]:
         """What this rank had to say after its first `since` messages; those are the driver's now.
@@ -109,8 +153,16 @@ class Worker:
         if self._problem is not None:
             raise CheckpointError(f"the checkpoint could not be committed: {self._problem}", name, "see to the storage")
 
+    def verdict(self, verdict: Verdict) -> None:
+        self._say({"kind": "verdict", "verdict": verdict.as_dict()}, urgent=True)
+
     def not_saved(self, step: int, reason: str) -> None:
         self._say({"kind": "not saved", "step": step, "reason": reason}, urgent=True)
+
+    def _preempt(self) -> None:
+        print("SIGTERM: ending after this step, with a checkpoint", file=sys.stderr, flush=True)
+        self._preempted = True
+        self._stop.set()
 
     def _serving(self, address: str) -> None:
         self._say({"kind": "serving", "address": address}, urgent=True)
@@ -129,3 +181,48 @@ class Worker:
     def _hurry(self) -> None:
         self._urgent = True
         self._news.notify_all()
+
+
+def on_sigterm(act: Callable[[], None]) -> None:
+    """Let `act` be called, in a thread, when a SIGTERM comes. To be called in the main thread.
+
+    Python runs a signal's handler in the main thread alone, which is in Ray's own loop: the handler below is only there
+    to have the signal written into a pipe.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def listen() -> None:
+        while received := os.read(reader, 1):
+            if received[0] == signal.SIGTERM:
+                act()
+
+    threading.Thread(target=listen, daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """End this process at once when the node's agent, which is its parent, does: the run goes on without it, and its
+    successor is on another node."""
+    while os.getppid() == parent:
+        time.sleep(FENCE_SECONDS)
+    os._exit(1)
+
+
+def began(pid: int) -> int:
+    """When a process began, in clock ticks since the machine did; 0 where there is none (proc(5), stat)."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except OSError:
+        return 0
+
+
+def end_processes(processes: Iterable[tuple[int, int]]) -> None:
+    """Kill these (number, when it began) and wait until they are gone: they hold the GPU that is to be ours."""
+    deadline = time.monotonic() + FENCE_TIMEOUT
+    for pid, when in processes:
+        while began(pid) == when and time.monotonic() < deadline:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)

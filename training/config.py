@@ -51,6 +51,16 @@ class TrainingConfig(Table):
         False, description="add gradients up in one order, so that data, pipeline and zero change no bit of the weights"
     )
     compile: bool = Field(False, description="torch.compile norms, SwiGLU and rotary embeddings, where no kernel runs")
+    bad_step: Literal["stop", "skip", "rewind"] = Field(
+        "stop",
+        description="what follows a loss or gradient norm that is not finite, or a spike, which no weight ever sees: "
+        "the run ends; goes on without that update; or goes back to a checkpoint and leaves out the data since then",
+    )
+    spike: float = Field(
+        0.0,
+        ge=0,
+        description="so many standard deviations above recent steps a loss or gradient norm is a spike; 0: none is",
+    )
     evaluate: bool = Field(True, description="score held-out questions when the last step is done")
 
 

@@ -1,17 +1,18 @@
 """One rank's training, from joining the others to the last checkpoint. Runs under Ray actors and torchrun alike."""
 
+import collections
 import contextlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from armillary.data_pipeline.cursor import Cursor
 from armillary.data_pipeline.mixture import ORDER
-from armillary.errors import CheckpointError, RunError
+from armillary.errors import CheckpointError
 from armillary.model.coordinates import initialize, placements
 from armillary.model.flops import model_flops
 from armillary.model.layers import compile_operations
@@ -25,18 +26,23 @@ from armillary.training.engines.canonical import CanonicalSums
 from armillary.training.engines.megatron import MegatronEngine
 from armillary.training.engines.shared import Engine
 from armillary.training.engines.zero import ZeroEngine
+from armillary.training.health import RECENT, bad_step, heartbeat
 from armillary.training.metrics import Metrics
 from armillary.training.process_group import Rank
 from armillary.training.saves import Observer, Saves
 from armillary.training.step import NO_FLAGS, Flags, train_step
+from armillary.training.watch import Watch
+
+START = Cursor()
 
 
 @dataclass(frozen=True)
 class Assignment:
     """What one rank is to do: which part of which run, from where, until when.
 
-    store: folder or URL of the run's checkpoints; resume: that of a committed one, or None for a new run; until: the
-    step to stop after; peak_flops: dense FLOP/s of this rank's device in the job's precision, 0 if unknown.
+    store: folder or URL of the run's checkpoints; resume: that of a committed one, or None for a new run; beyond: data
+    up to there is left out, though no step had it; until: the step to stop after; peak_flops: dense FLOP/s of this
+    rank's device in the job's precision, 0 if unknown; verdicts: how many of each kind the run has had.
     """
 
     run: str
@@ -48,6 +54,8 @@ class Assignment:
     until: int
     generation: int = 0
     peak_flops: float = 0.0
+    beyond: Cursor = START
+    verdicts: dict[str, int] = field(default_factory=dict)
 
 
 class Trainer:
@@ -62,23 +70,34 @@ class Trainer:
                 compile_operations(stage)
         self.engine = build_engine(self.stages, job)
         self.step, self.cursor, self.tokens, self.loss = 0, Cursor(), 0, math.nan
+        self._recent: collections.deque[tuple[float, float]] = collections.deque(maxlen=RECENT)  # loss, gradient norm
         if assignment.resume is not None:
             self._load(Reader(open_storage(assignment.resume, CheckpointError)))
         elif job.checkpoint.start:
             self._begin_with(Reader(open_storage(job.checkpoint.start, CheckpointError)))
+        self.cursor = max(self.cursor, assignment.beyond, key=lambda cursor: (cursor.block, cursor.row))
         self.data = Delivery(job, self.cursor, rank.rank, rank.device)
 
     def train_step(
         self, flags: Flags = NO_FLAGS, before_update: Callable[[], None] = lambda: None
     ) -> tuple[dict, Flags]:
-        """Do one step; its record, and the flags that any rank raised."""
+        """Do one step; its record, and the flags that any rank raised. A bad step leaves the weights as they were."""
         started = time.perf_counter()
+        heartbeat.enter("data")
         step = next(self.data)
         waited = time.perf_counter() - started
         rate = self.job.optimizer.rate(self.step, self.job.training.steps)
         names = [source.name for source in self.job.data.sources]
-        result = train_step(self.stages, self.engine, step, len(names), rate, self.rank.device, flags, before_update)
-        self.step, self.cursor, self.loss = self.step + 1, step.after, result.loss
+        result = train_step(
+            self.stages, self.engine, step, len(names), rate, self.rank.device, flags, before_update,
+            lambda loss, grad_norm: not self._bad(loss, grad_norm),
+        )  # fmt: skip
+        bad = "" if result.accepted else self._bad(result.loss, result.grad_norm)
+        self.step, self.cursor = self.step + 1, step.after
+        heartbeat.step = self.step
+        if not bad:
+            self.loss = result.loss
+            self._recent.append((result.loss, result.grad_norm))
         self.tokens += self.job.tokens_per_step
         record = {
             "step": self.step,
@@ -94,8 +113,12 @@ class Trainer:
             "data_wait_seconds": waited,
             "compute_seconds": result.compute_seconds,
             "reduce_seconds": result.reduce_seconds,
+            "bad": bad,
         }
         return record, result.flags
+
+    def _bad(self, loss: float, grad_norm: float) -> str:
+        return bad_step(loss, grad_norm, self._recent, self.job.training.spike)
 
     def state(self) -> State:
         """All but the tensors of a checkpoint of this step."""
@@ -109,6 +132,7 @@ class Trainer:
             job_hash=self.assignment.job_hash,
             job=self.job.model_dump(mode="json"),
             saved_at=time.time(),
+            recent=tuple(self._recent) if self.job.training.spike else (),
         )
 
     @property
@@ -135,6 +159,7 @@ class Trainer:
     def _load(self, checkpoint: Reader) -> None:
         state = checkpoint.manifest.state
         self.step, self.cursor, self.tokens, self.loss = state.step, state.cursor, state.tokens, state.loss
+        self._recent.extend(state.recent)
         self._put(checkpoint.states(place for _, place in placements(self.stages)), state.step)
 
 
@@ -169,10 +194,13 @@ def run(assignment: Assignment, observer: Observer, serving: Callable[[str], Non
     `serving` is told where this rank's metrics are. A checkpoint is saved every `checkpoint.every` steps, at
     the end, and when the observer asks to stop.
     """
+    heartbeat.enter("start")
     metrics = Metrics(assignment.run, assignment.rank.rank)
     serving(metrics.serve(assignment.job.metrics))
     try:
         metrics.restarts.inc(assignment.generation)
+        for kind, count in assignment.verdicts.items() if assignment.rank.rank == 0 else ():
+            metrics.verdict(kind, count)
         with contextlib.closing(Trainer(assignment)) as trainer:
             _train(trainer, observer, metrics)
             return trainer.step
@@ -183,26 +211,19 @@ def run(assignment: Assignment, observer: Observer, serving: Callable[[str], Non
 def _train(trainer: Trainer, observer: Observer, metrics: Metrics) -> None:
     """The step loop."""
     job, until = trainer.job, trainer.assignment.until
-    saves = Saves(trainer, observer, metrics)
+    saves, watch = Saves(trainer, observer, metrics), Watch(trainer, observer, metrics)
     started, start = time.time(), trainer.step
-    metrics.phase("train")
     while trainer.step < until:
         record, flags = trainer.train_step(saves.flags(observer.stop_requested()), saves.before_update)
         _count(metrics, record, job.tokens_per_step, job.parallel.world_size, trainer.assignment.peak_flops)
         metrics.checkpoint_interval.set((time.time() - started) / (trainer.step - start) * job.checkpoint.every)
-        if trainer.first:
+        if trainer.first and not record["bad"]:
             observer.step_done(record)
-        if not math.isfinite(record["loss"]) or not math.isfinite(record["grad_norm"]):
-            metrics.nonfinite_steps.inc()
-            raise RunError(
-                f"the loss is {record['loss']} and the gradient norm {record['grad_norm']} at step {trainer.step}",
-                f"data up to row {record['cursor']['row']} of block {record['cursor']['block']}",
-                "resume from the last checkpoint with a lower optimizer.learning_rate",
-            )
+        watch.after_step(record)
         saves.after_step(flags, last=flags.stop or trainer.step >= until)
         if flags.stop:
             break
-    metrics.phase("end")
+    heartbeat.enter("end")
 
 
 def _count(metrics: Metrics, record: dict, tokens: int, ranks: int, peak_flops: float) -> None:

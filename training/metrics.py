@@ -9,8 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_serv
 
 from armillary.errors import ClusterError
 from armillary.training.config import MetricsConfig
-
-PHASES = ("start", "train", "checkpoint", "end")
+from armillary.training.health import PHASES, heartbeat
 
 
 @dataclass
@@ -29,6 +28,8 @@ class Metrics:
         )
         self.model_flops = self._counter("model_flops", "this rank's share of the FLOPs that the model's steps need")
         self.nonfinite_steps = self._counter("nonfinite_steps", "steps whose loss or gradient norm was not finite")
+        self.spike_steps = self._counter("spike_steps", "steps whose loss or gradient norm was a spike")
+        self.skipped_steps = self._counter("skipped_steps", "steps whose update was left out for that")
         self.compute_seconds = self._counter(
             "compute_seconds",
             "seconds in forward and backward passes, tensor and pipeline communication in it",
@@ -51,19 +52,25 @@ class Metrics:
         )
         self.checkpoint_bytes = self._gauge("checkpoint_bytes", "what this rank wrote of the last checkpoint")
         self.checkpoint_interval = self._gauge("checkpoint_interval_seconds", "expected seconds between checkpoints")
-        self._phases = Gauge("armillary_train_phase", "1 for the phase that this rank is in",
+        self.probe_seconds = self._gauge("probe_seconds", "seconds of a piece of work that waits for no other rank")
+        self.progress_time = self._gauge("progress_timestamp_seconds", "when this rank last moved (Unix time)")
+        self.progress_time.set_function(lambda: time.time() - heartbeat.silent)
+        self._verdicts = Counter("armillary_train_verdicts", "what went wrong in the run, by kind; rank 0 counts",
+                                 ("run", "rank", "kind"), registry=self.registry)  # fmt: skip
+        phases = Gauge("armillary_train_phase", "1 for the phase that this rank is in",
                              ("run", "rank", "phase"), registry=self.registry)  # fmt: skip
         self._source_losses = Gauge("armillary_train_source_loss", "loss over one source's tokens, in its last step",
                                     ("run", "rank", "source"), registry=self.registry)  # fmt: skip
         self.checkpoint_time.set(time.time())  # the age of a run's first checkpoint counts from its start
         self.checkpoint_interval.set(math.nan)  # until a step tells how long they take: no alert compares with it
         self.mfu.set(math.nan)
-        self.phase("start")
-
-    def phase(self, name: str) -> None:
-        assert name in PHASES
+        self.probe_seconds.set(math.nan)
         for phase in PHASES:
-            self._phases.labels(self.run, str(self.rank), phase).set(phase == name)
+            gauge = phases.labels(self.run, str(self.rank), phase)
+            gauge.set_function(lambda phase=phase: heartbeat.phase == phase)
+
+    def verdict(self, kind: str, count: int = 1) -> None:
+        self._verdicts.labels(self.run, str(self.rank), kind).inc(count)
 
     def source_loss(self, source: str, loss: float) -> None:
         self._source_losses.labels(self.run, str(self.rank), source).set(loss)

@@ -13,6 +13,7 @@ from armillary.model.coordinates import local_shape, placements
 from armillary.storage import open_storage
 from armillary.training.checkpoint.manifest import MOMENTS, State, folder_name
 from armillary.training.checkpoint.saver import Saver
+from armillary.training.health import Verdict, heartbeat
 from armillary.training.metrics import Metrics
 from armillary.training.step import Flags
 
@@ -31,6 +32,9 @@ class Observer(Protocol):
 
     def saved(self, name: str, state: State) -> None:
         """All ranks wrote a checkpoint into the folder `name` of the store; commit it. Called in the background."""
+
+    def verdict(self, verdict: Verdict) -> None:
+        """Something went wrong that training goes on from, or ends with right after this."""
 
     def not_saved(self, step: int, reason: str) -> None:
         """There is no checkpoint of this step: it failed, or was left out. Training goes on."""
@@ -71,7 +75,7 @@ class Saves:
             self._end()
         if not last and step % self._config.every:
             return
-        self._metrics.phase("checkpoint")
+        heartbeat.enter("checkpoint")
         before = time.perf_counter()
         if flags.full and not last:
             self._failed(step, f"there is no room for {self._size:,} bytes in {self._store.at()}")
@@ -85,7 +89,6 @@ class Saves:
             if last:
                 self._finish()
         self._metrics.checkpoint_seconds.inc(time.perf_counter() - before)
-        self._metrics.phase("train")
         if last and self._failures:
             raise RunError(f"the last checkpoint could not be saved, at step {step}", self._store.at(), "see above")
 

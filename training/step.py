@@ -15,6 +15,7 @@ from armillary.model.flops import Work
 from armillary.model.multimodal import MultimodalModel, Targets
 from armillary.training.delivery import DeviceStep
 from armillary.training.engines.shared import Engine
+from armillary.training.health import heartbeat
 
 
 class Flags(NamedTuple):
@@ -38,12 +39,14 @@ class StepResult:
     """loss: mean cross entropy of the global batch's learned tokens (nats); grad_norm: global, before clipping.
 
     source_losses: the same over each source's tokens alone, None where the batch has none of it.
-    work: what went through the model, on all ranks. flags: raised by any rank. Seconds are this rank's own.
+    accepted: whether the weights were updated. work: what went through the model, on all ranks.
+    flags: raised by any rank. Seconds are this rank's own.
     """
 
     loss: float
     source_losses: list[float | None]
     grad_norm: float
+    accepted: bool
     work: Work
     flags: Flags
     compute_seconds: float
@@ -59,18 +62,22 @@ def train_step(
     device: torch.device,
     flags: Flags = NO_FLAGS,
     before_update: Callable[[], None] = lambda: None,
+    accept: Callable[[float, float], bool] = lambda loss, grad_norm: True,
 ) -> StepResult:
     """Forward and backward of this rank's micro-batches, then reduce, clip and update. Collective over all ranks.
 
     sources: how many sources the batch's tokens may be of. before_update: called when all is ready to change weights.
+    accept: by the loss and the gradient norm, whether they are changed at all; the same on all ranks.
     """
     started = time.perf_counter()
+    heartbeat.enter("compute")
     data_ranks = parallel_state.get_data_parallel_world_size()
     scale = engine.replicas / _global_weight(step, device)
     for stage in stages:
         stage.set_aux_scale(engine.replicas / (step.count * data_ranks))
 
     def forward(batches, model):
+        heartbeat.beat()
         batch = next(batches)
         if not model.post_process:
             return model(batch.inputs), None
@@ -90,8 +97,7 @@ def train_step(
             engine.backward(total, last=number == step.count - 1)
             sums.append(report(total)[2])
     computed = time.perf_counter()
-    before_update()
-    grad_norm = engine.step(learning_rate)
+    heartbeat.enter("reduce")
     first_tensor = parallel_state.get_tensor_model_parallel_rank() == 0
     sums_2S = [0.0] * 2 * sources
     if first_tensor and parallel_state.is_pipeline_last_stage():
@@ -103,10 +109,14 @@ def train_step(
     dist.all_reduce(agreed)
     figures = agreed.tolist()
     losses, weights, rest = figures[:sources], figures[sources : 2 * sources], figures[2 * sources :]
+    loss = sum(losses) / (sum(weights) or 1.0)
+    before_update()
+    grad_norm = engine.step(learning_rate, lambda norm: accept(loss, norm))
     return StepResult(
-        sum(losses) / (sum(weights) or 1.0),
+        loss,
         [loss / weight if weight else None for loss, weight in zip(losses, weights, strict=True)],
         grad_norm,
+        accept(loss, grad_norm),
         Work(*rest[:3]),
         Flags(*(raised > 0 for raised in rest[3:])),
         computed - started,

@@ -1,10 +1,13 @@
-"""When a run starts again, and when it is given up."""
+"""When a run starts again, with how many ranks, from where; when it is given up, and what is said of it."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from armillary.launcher.placement import Failure, is_fault
-from armillary.launcher.recovery import LONGEST_PAUSE, pause
+from armillary.launcher.job import resolve
+from armillary.launcher.placement import Failure, Node, is_fault
+from armillary.launcher.recovery import LONGEST_PAUSE, hung, largest, lost, pause, rewind_to
+from tests.conftest import MODEL, SOURCES
 
 
 @given(st.integers(0, 50), st.integers(0, 50))
@@ -12,7 +15,8 @@ def test_pauses_grow_and_end(in_vain, most):
     seconds = pause(in_vain, most)
     assert (seconds is None) == (in_vain > most or most == 0)
     if seconds is not None:
-        assert 1 <= seconds <= LONGEST_PAUSE
+        assert (seconds == 0) == (in_vain == 0), "who got on loses no time"
+        assert seconds <= LONGEST_PAUSE
         assert (pause(in_vain + 1, 100) or 0) >= seconds
 
 
@@ -20,3 +24,102 @@ def test_faults_are_of_machines_and_not_of_programs():
     assert is_fault(Failure(0, "died", "its process ended"))
     assert is_fault(Failure(0, "RuntimeError", "[gloo] Connection closed by peer"))
     assert not is_fault(Failure(0, "IndexError", "list index out of range"))
+
+
+def a_job(data=4, tensor=1, batch=8, least=1, **training):
+    return resolve(
+        {
+            "model": MODEL,
+            "data": {"path": "nowhere", "sources": SOURCES, "seq_length": 128},
+            "parallel": {"data": data, "tensor": tensor},
+            "training": {"global_batch": batch, **training},
+            "cluster": {"min_ranks": least},
+        },
+        "a test",
+    )
+
+
+def nodes(*rooms):
+    return [Node(f"node-{number}", room) for number, room in enumerate(rooms)]
+
+
+@pytest.mark.parametrize(
+    ("job", "rooms", "data"),
+    [
+        (a_job(), (2, 1, 1), 4),
+        (a_job(), (8,), 4),
+        (a_job(), (2, 1), 2),  # three do not divide the batch
+        (a_job(batch=12), (2, 1), 3),
+        (a_job(batch=12, deterministic=True), (2, 1), 2),  # three would change bits
+        (a_job(), (1,), 1),
+        (a_job(least=2), (1,), None),
+        (a_job(tensor=2), (4, 3), 2),  # pairs stay on a node, and two of them divide the batch
+        (a_job(tensor=2), (1, 1, 1), None),
+        (a_job(), (), None),
+    ],
+)
+def test_the_largest_layout_that_there_is_room_for(job, rooms, data):
+    found = largest(job, nodes(*rooms), job.cluster.min_ranks)
+    if data is None:
+        assert found is None
+        return
+    smaller, bundles = found
+    assert smaller.parallel.data == data
+    assert sum(bundle.count for bundle in bundles) == smaller.parallel.world_size == data * job.parallel.tensor
+    same = {"parallel"}
+    assert smaller.model_dump(exclude=same) == job.model_dump(exclude=same)
+    others = {"data", "world_size"}
+    assert smaller.parallel.model_dump(exclude=others) == job.parallel.model_dump(exclude=others)
+
+
+@given(st.lists(st.integers(0, 8), max_size=6), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2]))
+def test_more_room_never_gives_fewer_ranks(rooms, data, tensor):
+    job = a_job(data, tensor)
+    found, more = largest(job, nodes(*rooms), job.cluster.min_ranks), largest(job, nodes(*rooms, 2), 1)
+    sizes = [0 if one is None else one[0].parallel.world_size for one in (found, more)]
+    assert sizes[0] <= sizes[1] <= job.parallel.world_size
+
+
+def test_each_rewind_in_vain_goes_one_checkpoint_further_back():
+    assert [rewind_to([10, 30, 20], again) for again in range(4)] == [30, 20, 10, 0]
+    assert rewind_to([], 0) == 0
+
+
+def test_a_lost_process_and_a_lost_node_are_told_apart_with_the_phase_that_peers_saw():
+    died = Failure(2, "died", "its process ended")
+    peer = Failure(0, "RuntimeError", "Connection closed by peer", "reduce", 41)
+    verdict = lost(died, "abc", True, [peer])
+    assert (verdict.kind, verdict.rank, verdict.node, verdict.phase, verdict.step) == (
+        "lost process",
+        2,
+        "abc",
+        "reduce",
+        41,
+    )
+    assert "rank-2" not in verdict.remedy
+    assert "memory" in verdict.remedy
+    verdict = lost(died, "abc", False, [died])
+    assert verdict.kind == "lost node"
+    assert verdict.phase is None
+
+
+def test_a_hung_rank_is_named_with_what_the_others_wait_in():
+    report = {
+        "step": 7,
+        "phase": "reduce",
+        "beats": 1,
+        "silent": 9.0,
+        "collective": "all_reduce",
+        "line": "x.py:1 f: g()",
+    }
+    verdict = hung([1], [report, None], ["a", "b"], 5.0)
+    assert (verdict.rank, verdict.node, verdict.phase, verdict.step) == (1, "b", "reduce", 7)
+    assert "rank 1 does not answer" in verdict.what
+    assert "all_reduce" in verdict.what
+    alone = report | {"collective": "", "phase": "data", "line": "delivery.py:82 __next__: next(parcels)"}
+    verdict = hung([0], [alone, report], ["a", "b"], 5.0)
+    assert (verdict.rank, verdict.phase) == (0, "data")
+    assert "delivery.py:82" in verdict.what
+    verdict = hung([], [report, report], ["a", "b"], 5.0)
+    assert verdict.rank is None
+    assert "all wait in all_reduce" in verdict.what

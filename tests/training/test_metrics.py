@@ -1,3 +1,4 @@
+import time
 import urllib.request
 
 import pytest
@@ -5,6 +6,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from armillary.errors import ClusterError
 from armillary.training.config import MetricsConfig
+from armillary.training.health import PHASES, heartbeat
 from armillary.training.metrics import Metrics
 from tests.conftest import free_port
 
@@ -16,6 +18,10 @@ NAMES = {
     "armillary_train_mfu",
     "armillary_train_phase",
     "armillary_train_nonfinite_steps_total",
+    "armillary_train_spike_steps_total",
+    "armillary_train_skipped_steps_total",
+    "armillary_train_progress_timestamp_seconds",
+    "armillary_train_probe_seconds",
     "armillary_train_compute_seconds_total",
     "armillary_train_data_wait_seconds_total",
     "armillary_train_checkpoint_last_success_timestamp_seconds",
@@ -41,7 +47,7 @@ def test_serves_every_name_with_run_and_rank():
     try:
         assert address.startswith("127.0.0.1:")
         metrics.steps.inc()
-        metrics.phase("train")
+        heartbeat.enter("compute")
         metrics.source_loss("pydoc", 1.5)
         found = scrape(address)
         assert set(found) >= NAMES
@@ -51,7 +57,11 @@ def test_serves_every_name_with_run_and_rank():
         (source_loss,) = found["armillary_train_source_loss"]
         assert source_loss.labels == {"run": "the-run", "rank": "3", "source": "pydoc"}
         assert source_loss.value == 1.5
-        assert phases == {"start": 0, "train": 1, "checkpoint": 0, "end": 0}
+        assert phases == {phase: float(phase == "compute") for phase in PHASES}
+        assert 0 <= time.time() - found["armillary_train_progress_timestamp_seconds"][0].value < 60
+        metrics.verdict("spike", 2)
+        (spikes,) = scrape(address)["armillary_train_verdicts_total"]
+        assert (spikes.labels["kind"], spikes.value) == ("spike", 2)
     finally:
         metrics.close()
 

@@ -52,6 +52,7 @@ class State(Table):
     job_hash: str
     job: dict
     saved_at: float
+    recent: tuple[tuple[float, float], ...] = ()  # loss and gradient norm of the last good steps, to know a spike by
 
 
 class Manifest(Table):

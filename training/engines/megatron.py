@@ -6,7 +6,8 @@ it is not used itself: it knows parameters by the names of CUDA's types, and kee
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -87,22 +88,26 @@ class MegatronEngine:
         with contextlib.nullcontext() if last else self._ddp[0].no_sync():
             loss.backward()
 
-    def step(self, learning_rate: float) -> float:
-        """Reduce, clip and apply the step's gradients; the global norm before clipping."""
+    def step(self, learning_rate: float, accept: Callable[[float], bool] = lambda norm: True) -> float:
+        """See Engine."""
         self._reduce()
         sum_shared(self._stages, lambda parameter: parameter.main_grad, experts=False)
         norm = self._norm()
+        if accept(norm):
+            self._update(learning_rate, clip_scale(norm, self._config.clip_grad))
+        for ddp in self._ddp:
+            ddp.zero_grad_buffer()
+        return norm
+
+    def _update(self, learning_rate: float, scale: float) -> None:
+        """Take an optimizer step with the gradients x scale."""
         pieces = [piece for bucket in self._buckets for piece in bucket.pieces]
-        scale = clip_scale(norm, self._config.clip_grad)
         for piece in pieces:
             piece.master.grad = piece.gradient.mul_(scale) if scale < 1 else piece.gradient
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._optimizer.step()
         self._publish()
-        for ddp in self._ddp:
-            ddp.zero_grad_buffer()
-        return norm
 
     def _reduce(self) -> None:
         """Over data-parallel ranks, into each rank's shard."""
@@ -171,7 +176,8 @@ class MegatronEngine:
         for gradient in gradients:
             total += gradient.square().sum()
         dist.all_reduce(total)
-        return total.sqrt().item()
+        norm = total.sqrt().item()
+        return norm if math.isfinite(norm) else math.inf
 
 
 def _bucket(buffer, bucket) -> Bucket:

@@ -24,8 +24,11 @@ class Engine(Protocol):
         """Gradients of one micro-batch, which is the step's last or not. Where there is a pipeline, its schedule does
         the backward passes instead."""
 
-    def step(self, learning_rate: float) -> float:
-        """Reduce, clip and apply the step's gradients; the global norm before clipping. Collective over all ranks."""
+    def step(self, learning_rate: float, accept: Callable[[float], bool] = lambda norm: True) -> float:
+        """Reduce, clip and apply the step's gradients; the global norm before clipping. Collective over all ranks.
+
+        accept: whether gradients of this norm, which is infinite where one of them is no number, are applied; else they
+        are forgotten, and the state is as it was."""
 
     live: bool
     """Whether `state` gives the tensors themselves, which the next step changes, and not copies."""

@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -65,6 +65,17 @@ class ParallelGroups:
         return parallel_state.get_pipeline_model_parallel_rank()
 
 
+class AskingAdamW(AdamW):
+    """AdamW that takes no step where `refuses` says so: DeepSpeed finds the norm and takes the step in one call."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.refuses: Callable[[], bool] = lambda: False
+
+    def step(self, closure=None):
+        return None if self.refuses() else super().step(closure)
+
+
 class ZeroEngine:
     """See the module. Gradients are averaged over data- and context-parallel ranks."""
 
@@ -98,13 +109,13 @@ class ZeroEngine:
             for yes, decay in ((True, config.weight_decay), (False, 0.0))
         ]
         betas = (config.beta1, config.beta2)
-        optimizer = AdamW(groups, config.learning_rate, betas, config.eps, exact=sums is not None)
+        self._optimizer = AskingAdamW(groups, config.learning_rate, betas, config.eps, exact=sums is not None)
         zero = {"stage": layout.zero, "overlap_comm": False}
         if layout.offload:
             zero["offload_optimizer"] = {"device": "cpu"}
         self._engine, *_ = deepspeed.initialize(
             model=module,
-            optimizer=optimizer,
+            optimizer=self._optimizer,
             mpu=ParallelGroups(),
             dist_init_required=False,
             config={
@@ -135,8 +146,8 @@ class ZeroEngine:
         else:
             loss.backward()
 
-    def step(self, learning_rate: float) -> float:
-        """Reduce, clip and apply the step's gradients; the global norm before clipping."""
+    def step(self, learning_rate: float, accept: Callable[[float], bool] = lambda norm: True) -> float:
+        """See Engine."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         if not self._native:
@@ -144,6 +155,8 @@ class ZeroEngine:
                 sum_shared(self._stages, _gradient, experts=True)
             self._engine.allreduce_gradients()
         norm = None if self._sums is None else self._set_canonical()
+        zero = self._engine.optimizer  # which has this step's norm before its engine has
+        self._optimizer.refuses = lambda: not accept(float(zero._global_grad_norm) if norm is None else norm)
         self._engine.step()
         return float(self._engine.get_global_grad_norm()) if norm is None else norm
 

@@ -1,0 +1,146 @@
+"""The machines that a run holds: their resources, and processes that wait there with their imports done."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from armillary.errors import ClusterError
+from armillary.launcher import cluster
+from armillary.launcher.job import Job
+from armillary.launcher.placement import Bundle, Node
+from armillary.launcher.waiting import Stop, wait_all
+
+
+@dataclass
+class Held:
+    """So many ranks' resources of a node. gpus: the devices that are ours, as CUDA_VISIBLE_DEVICES has them."""
+
+    count: int
+    group: object  # the placement group, of one bundle
+    gpus: str | None = None
+    waiting: list = field(default_factory=list)  # (actor, the call that does its imports)
+
+
+class Machines:
+    """What a run holds, from the first launch to its end: a launch's ranks come and go, the machines stay.
+
+    A group for each node: when one is lost the others are as they were.
+    """
+
+    def __init__(self, job: Job, gpus: bool):
+        self._job, self._gpus = job, gpus
+        world = job.parallel.world_size
+        shared = max(1, (os.cpu_count() or 1) // world) if not job.cluster.address else 1
+        self.cpus = job.cluster.cpus_per_rank or shared
+        self._held: dict[str, Held] = {}
+
+    def nodes(self) -> list[Node]:
+        """The nodes that answer now."""
+        return cluster.nodes(self._gpus, self.cpus)
+
+    def hold(self, bundles: Iterable[Bundle], stop: Stop) -> None:
+        """Take what these ranks need, and let go of nodes that have none. ClusterError where that is not free within
+        `cluster.start_timeout`."""
+        import ray
+
+        bundles = list(bundles)
+        for node in self._held.keys() - {bundle.node for bundle in bundles}:
+            self._let_go(node)
+        self.request(bundles)
+        limit = self._job.cluster.start_timeout
+        try:
+            wait_all([self._held[bundle.node].group.ready() for bundle in bundles], limit, stop)
+        except ray.exceptions.GetTimeoutError:
+            raise ClusterError(
+                f"the machines for {sum(bundle.count for bundle in bundles)} ranks were not free within {limit:.0f} s",
+                self._job.cluster.address or "this machine",
+                "wait for other jobs to end, or raise cluster.start_timeout",
+            ) from None
+
+    def request(self, bundles: Iterable[Bundle]) -> None:
+        """Ask for what these ranks need beside what is held."""
+        from ray.util.placement_group import placement_group
+
+        for bundle in bundles:
+            held = self._held.get(bundle.node)
+            if held is not None and held.count >= bundle.count:
+                continue
+            if held is not None:
+                self._let_go(bundle.node)
+            demand = {"CPU": self.cpus * bundle.count} | ({"GPU": bundle.count} if self._gpus else {})
+            group = placement_group([demand], bundle_label_selector=[{"ray.io/node-id": bundle.node}])
+            self._held[bundle.node] = Held(bundle.count, group)
+
+    def could_hold(self, bundles: Iterable[Bundle]) -> bool:
+        """Whether that leaves everything that is held as it is."""
+        held = ((self._held.get(bundle.node), bundle) for bundle in bundles)
+        return all(one is None or one.count >= bundle.count for one, bundle in held)
+
+    def worker(self, node: str):
+        """A process for a rank on a node that is held: one that waits there, or a new one."""
+        held = self._held[node]
+        return held.waiting.pop(0)[0] if held.waiting else self._new(held)
+
+    def warm(self, bundles: Iterable[Bundle]) -> bool:
+        """Let as many processes wait on each node as it is to have ranks; whether all of them are ready."""
+        import ray
+
+        calls = []
+        for bundle in bundles:
+            held = self._held[bundle.node]
+            if not ray.wait([held.group.ready()], timeout=0)[0]:
+                return False
+            while len(held.waiting) < bundle.count:
+                worker = self._new(held)
+                held.waiting.append((worker, worker.warm.remote()))
+            calls += [call for _, call in held.waiting]
+        return len(ray.wait(calls, num_returns=len(calls), timeout=0)[0]) == len(calls)
+
+    def keep(self, alive: set[str]) -> None:
+        """Forget the nodes that are gone."""
+        for node in self._held.keys() - alive:
+            self._let_go(node)
+
+    def release(self) -> None:
+        self.keep(set())
+
+    def _let_go(self, node: str) -> None:
+        import ray
+
+        held = self._held.pop(node)
+        for worker, _ in held.waiting:
+            ray.kill(worker)
+        ray.util.remove_placement_group(held.group)
+
+    def _new(self, held: Held):
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        from armillary.launcher.worker import Worker
+
+        strategy = PlacementGroupSchedulingStrategy(held.group, placement_group_bundle_index=0)
+        if held.gpus is None:
+            held.gpus = ""
+            if self._gpus:
+                own = ray.remote(_gpu_ids).options(num_cpus=0, num_gpus=held.count, scheduling_strategy=strategy)
+                held.gpus = ray.get(own.remote())
+        environment = {"OMP_NUM_THREADS": str(self.cpus), "PYTHONWARNINGS": "ignore", "DS_LOG_LEVEL": "warning",
+                       "CUDA_VISIBLE_DEVICES": held.gpus}  # fmt: skip
+        if not self._job.cluster.address:
+            environment["GLOO_SOCKET_IFNAME"] = "lo"
+        # The group has the resources; two generations of ranks, one of which waits, share them.
+        actor = ray.remote(Worker).options(
+            num_cpus=0,
+            num_gpus=0,
+            max_concurrency=4,
+            max_restarts=0,
+            runtime_env={"env_vars": environment},
+            scheduling_strategy=strategy,
+        )
+        return actor.remote()
+
+
+def _gpu_ids() -> str:
+    import ray
+
+    return ",".join(map(str, ray.get_gpu_ids()))

@@ -1,0 +1,125 @@
+"""A Ray cluster of several nodes on this machine, whose parts can be killed."""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+RAY = Path(sys.executable).with_name("ray")
+START_SECONDS = 60.0
+SETTINGS = {  # a node that is gone is to be seen within seconds
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "3",
+    "RAY_worker_niceness": "0",
+}
+
+
+class Node:
+    """A node's processes, in a session of their own."""
+
+    def __init__(self, process: subprocess.Popen, cpus: int):
+        self.process, self.cpus = process, cpus
+
+    def _all(self) -> list[psutil.Process]:
+        root = psutil.Process(self.process.pid)
+        return [root, *root.children(recursive=True)]
+
+    def kill(self) -> None:
+        """All of it at once, as when the power fails."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in self._all():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+        self.process.wait()
+
+    def kill_raylet(self) -> None:
+        """Its agent alone: what the ranks there do about it is up to them."""
+        next(process for process in self._all() if process.name() == "raylet").kill()
+
+    def has_raylet(self) -> bool:
+        """Whether its agent runs."""
+        return any(process.name() == "raylet" for process in self._all())
+
+    def has(self, pid: int) -> bool:
+        """Whether a process is of this node."""
+        return any(process.pid == pid for process in self._all())
+
+    def freeze(self) -> None:
+        """Stop all its processes, as when the network to it is cut."""
+        for process in self._all():
+            process.suspend()
+
+
+class Cluster:
+    """A head without processors, and nodes with some; use as a context. `environment` is what joins it."""
+
+    def __init__(self):
+        self._folder = tempfile.mkdtemp(prefix="r-")  # sockets live in it, whose paths may not be long
+        token = Path(self._folder) / "token"
+        token.write_text("5" * 64)
+        self.environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self._port = probe.getsockname()[1]
+        self.address = f"127.0.0.1:{self._port}"
+        self.nodes: list[Node] = []
+        self._head = self._start("--head", f"--port={self._port}", "--include-dashboard=false",
+                                 f"--temp-dir={self._folder}", cpus=0)  # fmt: skip
+        deadline = time.monotonic() + START_SECONDS
+        while not self._listens():
+            assert self._head.process.poll() is None, "the head ended"
+            assert time.monotonic() < deadline, "the head does not start"
+            time.sleep(0.1)
+
+    def __enter__(self) -> "Cluster":
+        return self
+
+    def __exit__(self, *_) -> None:
+        for node in (*self.nodes, self._head):
+            node.kill()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def add(self, cpus: int) -> Node:
+        """A new node, which joins within a second or two. (Of nodes that start at the same time some never do.)"""
+        node = self._start(f"--address={self.address}", cpus=cpus)
+        deadline = time.monotonic() + START_SECONDS
+        while not node.has_raylet():
+            assert node.process.poll() is None, "the node ended"
+            assert time.monotonic() < deadline, "the node does not start"
+            time.sleep(0.05)
+        self.nodes.append(node)
+        return node
+
+    def remove(self, node: Node) -> None:
+        """Kill what is left of it."""
+        node.kill()
+        self.nodes.remove(node)
+
+    def _start(self, *words: str, cpus: int) -> Node:
+        process = subprocess.Popen(
+            [RAY, "start", "--block", f"--num-cpus={cpus}", "--node-ip-address=127.0.0.1", "--num-gpus=0",
+             "--object-store-memory=100000000", "--disable-usage-stats", *words],
+            env=os.environ | self.environment | SETTINGS,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        return Node(process, cpus)
+
+    def _listens(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self._port)) == 0
+
+
+def kill_rank(place: dict) -> None:
+    """By its line of a `placed` event."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(place["pid"], signal.SIGKILL)
