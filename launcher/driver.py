@@ -99,16 +99,24 @@ class Driver:
             raise error
         if bad:
             cursor = [event["cursor"] for event in self._run.events("verdict") if event.get("action") == "rewind"][-1]
-            step = rewind_to([one.step for one in listed(self._run.store())], in_vain - 1) if in_vain else plan.done
-            if step != plan.done:
-                plan = Plan(plan.job, [], self._run.checkpoint(step) if step else None, plan.until)
-            self._run.leave_out(step, cursor)
+            plan = self._back(plan, in_vain)
+            self._run.leave_out(plan.done, cursor)
             seconds = 0.0
         self._run.event("restart", seconds=seconds, from_step=plan.done, reason=error.what)
         when = f"in {seconds:.0f} s, " if seconds else ""
         self._view.say(f"{error.what}; starting again {when}from step {plan.done}")
         sleep(seconds, self._stop)
         return plan
+
+    def _back(self, plan: Plan, in_vain: int) -> Plan:
+        """The plan from the checkpoint to go back to after a bad step."""
+        steps = [one.state.step for one in listed(self._run.store()) if one.state is not None]
+        step = rewind_to([step for step in steps if step <= plan.done], in_vain)
+        if step == plan.done:
+            return plan
+        if step:
+            self._run.rewind(step)
+        return Plan(plan.job, [], self._run.checkpoint(step) if step else None, plan.until)
 
     def _placed(self, plan: Plan, least: int) -> Plan:
         """The plan on the nodes that are there, once there is room for `least` ranks: on a cluster more may be on their

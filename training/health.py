@@ -13,8 +13,9 @@ from armillary.data_pipeline.cursor import Cursor
 
 PHASES = ("start", "data", "compute", "reduce", "checkpoint", "end")
 
-PROBES = 5  # in a row that must all be slow
-SLOW = 1.5  # times the other ranks' median
+PROBES = 8  # in a row that are looked at together
+SLOW = 1.5  # times the median rank's time, on average
+MOST_SLOW = 2.5  # times that one probe counts for: two that were disturbed make no straggler
 
 RECENT = 128  # steps that a spike is compared with
 LEAST_RECENT = 32  # fewer say nothing
@@ -129,14 +130,14 @@ def stuck(reports: Sequence[dict | None], seconds: float) -> list[int] | None:
 
 
 def stragglers(probes: Iterable[Sequence[float]]) -> dict[int, float]:
-    """Ranks whose last PROBES probes all took SLOW times the median of all ranks' or more, and the least of these
-    ratios. probes: seconds by rank, the latest last. Of two ranks' the smaller one is the median."""
+    """Ranks that took SLOW times as long as the median rank or longer, over the last PROBES probes; and how many times.
+    probes: seconds by rank, the latest last. Of two ranks' the smaller one is the median."""
     last = list(probes)[-PROBES:]
     if len(last) < PROBES:
         return {}
-    ratios = [[seconds / statistics.median_low(one) for seconds in one] for one in last]
-    least = map(min, zip(*ratios, strict=True))
-    return {rank: ratio for rank, ratio in enumerate(least) if ratio >= SLOW}
+    ratios = [[min(seconds / statistics.median_low(one), MOST_SLOW) for seconds in one] for one in last]
+    means = map(statistics.fmean, zip(*ratios, strict=True))
+    return {rank: mean for rank, mean in enumerate(means) if mean >= SLOW}
 
 
 def bad_step(loss: float, grad_norm: float, recent: Sequence[tuple[float, float]], spike: float) -> str:
@@ -166,3 +167,14 @@ def bad_verdict(kind: str, loss: float, grad_norm: float, step: int, action: str
         "rewind": "nothing: the run goes back to a checkpoint and leaves this data out",
     }[action]
     return Verdict(kind, what, remedy, phase="compute", step=step, action=action, cursor=after.model_dump())
+
+
+def failed_save(step: int, reason: str) -> Verdict:
+    """What is said of a checkpoint that could not be saved; training goes on."""
+    full = "no room" in reason or "No space left" in reason
+    kind, remedy = (
+        ("full storage", "free some space, or set checkpoint.keep_last: `armillary checkpoint prune`")
+        if full
+        else ("failed save", "see to the storage: after three in a row the run ends")
+    )
+    return Verdict(kind, f"no checkpoint of step {step}: {reason}", remedy, phase="checkpoint", step=step)

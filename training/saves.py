@@ -13,7 +13,7 @@ from armillary.model.coordinates import local_shape, placements
 from armillary.storage import open_storage
 from armillary.training.checkpoint.manifest import MOMENTS, State, folder_name
 from armillary.training.checkpoint.saver import Saver
-from armillary.training.health import Verdict, heartbeat
+from armillary.training.health import Verdict, failed_save, heartbeat
 from armillary.training.metrics import Metrics
 from armillary.training.step import Flags
 
@@ -37,7 +37,7 @@ class Observer(Protocol):
         """Something went wrong that training goes on from, or ends with right after this."""
 
     def not_saved(self, step: int, reason: str) -> None:
-        """There is no checkpoint of this step: it failed, or was left out. Training goes on."""
+        """There is no checkpoint of this step: it failed, which a verdict tells too, or was left out."""
 
 
 class Saves:
@@ -136,6 +136,10 @@ class Saves:
         self._failures += 1
         self._metrics.checkpoint_failures.inc()
         self._tell(step, reason)
+        verdict = failed_save(step, reason)
+        if self._first:
+            self._metrics.verdict(verdict.kind)
+            self._observer.verdict(verdict)
         if self._failures == MOST_FAILURES:
             what = f"{MOST_FAILURES} checkpoints in a row could not be saved: {reason}"
             raise RunError(what, self._store.at(), "see to the storage, then `armillary resume`")

@@ -8,10 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import psutil
 import pytest
@@ -20,45 +18,10 @@ from armillary.data_pipeline.folder import LocalFolder
 from armillary.data_pipeline.shards import read_manifest, write_manifest
 from armillary.data_pipeline.sources.easy_vqa import easy_vqa_questions
 from armillary.launcher.run import Run
-from tests.conftest import ARMILLARY, free_port, refused
+from tests.conftest import free_port, refused
 from tests.data_pipeline.test_build import own_source
+from tests.launcher.runs import assert_gone, placed, started, wait_for
 from tests.training.test_metrics import NAMES, scrape
-
-LONG = {"steps": 300, "global_batch": 4, "evaluate": False}
-
-
-def started(tmp_path, *words) -> subprocess.Popen:
-    """A command in a session of its own, as a terminal gives it."""
-    return subprocess.Popen(
-        [ARMILLARY, *map(str, words)],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def wait_for(condition, process, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.1)
-    return found
-
-
-def placed(run: Run):
-    return next(run.events("placed"), None)
-
-
-def assert_gone(ranks: list[dict]) -> None:
-    """No process of the run outlives its command."""
-    deadline = time.monotonic() + 10
-    pids = {rank["pid"] for rank in ranks}
-    while alive := [pid for pid in pids if psutil.pid_exists(pid)]:
-        assert time.monotonic() < deadline, f"still there: {alive}"
-        time.sleep(0.1)
 
 
 def listeners(pid: int) -> set[tuple[str, str]]:
@@ -194,116 +157,6 @@ def test_a_checkpoint_answers_and_is_scored(interrupted, armillary):
     assert score["questions"] == 200
     assert score["accuracy"] == score["correct"] / 200
     assert abs(score["blind_accuracy"] - 0.67) < 0.1
-
-
-def test_a_run_joins_a_cluster_that_is_there(job_file, tmp_path, monkeypatch):
-    """`--address` with the cluster's token trains on its node; with another token it is refused."""
-    port, token = free_port(), tmp_path / "token"
-    temporary = tempfile.mkdtemp(prefix="ray-")  # sockets live in it, whose paths may not be long
-    token.write_text("5" * 64)
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
-    ray = Path(sys.executable).with_name("ray")
-    head = subprocess.Popen(
-        [ray, "start", "--head", "--block", f"--port={port}", "--num-cpus=2", "--node-ip-address=127.0.0.1",
-         "--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={temporary}"],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    try:
-        wait_for(lambda: can_connect(port), head)
-        words = ("train", job_file, "training.steps=2", "--address", f"127.0.0.1:{port}", "--run-dir")
-        process = started(tmp_path, *words, "run", "--json", "parallel.data=2")
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
-        assert json.loads(out)["steps"] == 2
-        assert len({rank["node"] for rank in placed(Run(tmp_path / "run"))["ranks"]}) == 1
-        assert head.poll() is None, "the cluster goes on without us"
-        other = tmp_path / "other"
-        other.write_text("6" * 64)
-        monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(other))
-        process = started(tmp_path, *words, "refused")
-        out, err = process.communicate(timeout=120)
-        refused(subprocess.CompletedProcess([], process.returncode, out, err), "could not be reached", "token")
-        assert not (tmp_path / "refused").exists()
-    finally:
-        for child in psutil.Process(head.pid).children(recursive=True):
-            child.kill()
-        head.kill()
-        head.wait()
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def can_connect(port):
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-@pytest.mark.parametrize("dying", [0, 1])
-def test_a_rank_that_dies_at_start_ends_the_run_with_its_name(job_file, tmp_path, dying):
-    run = Run(tmp_path / "run")
-    process = started(tmp_path, "train", job_file, "parallel.data=2", "cluster.max_restarts=0", "--run-dir", "run")
-    ranks = wait_for(lambda: placed(run), process)["ranks"]
-    os.kill(ranks[dying]["pid"], signal.SIGKILL)
-    out, err = process.communicate(timeout=120)
-    log = f"rank-{dying:05d}.log"
-    refused(subprocess.CompletedProcess([], process.returncode, out, err), f"rank {dying} of 2 died", log, code=1)
-    assert (run.path / "generations/000/logs" / log).exists()
-    assert "start it again" in err
-    assert_gone(ranks)
-    assert not run.curve()
-    assert not run.store().sizes()
-    assert f"rank {dying} of 2 died" in next(run.events("failed"))["error"]
-
-
-def test_a_run_that_loses_a_rank_goes_on_by_itself(tables, tmp_path, armillary):
-    """Twice, and ends with the curve that it would have had."""
-    import tomli_w
-
-    job = tables | {"parallel": {"data": 2}, "checkpoint": {"every": 20, "keep_last": 2}, "training": LONG}
-    (tmp_path / "job.toml").write_text(tomli_w.dumps(job))
-    run = Run(tmp_path / "run")
-    process = started(tmp_path, "train", "job.toml", "--run-dir", "run", "--json")
-    for number, dying in enumerate((1, 0)):
-        ranks = wait_for(lambda n=number: list(run.events("placed"))[n:], process)[0]["ranks"]
-        wait_for(lambda n=number: len(list(run.events("checkpoint"))) > 2 * n, process)
-        os.kill(ranks[dying]["pid"], signal.SIGKILL)
-        wait_for(lambda n=number: list(run.events("restart"))[n:], process)
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
-    assert json.loads(out)["steps"] == LONG["steps"]
-    assert "rank 1 of 2 died; starting again in 1 s, from step" in err
-    assert [event["generation"] for event in run.events("launch")] == [0, 1, 2]
-    assert len(list(run.events("failed"))) == 2
-    armillary("train", "job.toml", "--run-dir", "whole")
-    curves = [[(e["step"], e["loss"], e["cursor"]) for e in one.curve()] for one in (run, Run(tmp_path / "whole"))]
-    assert curves[0] == curves[1]
-
-
-def test_sigterm_saves_a_checkpoint_too_and_a_second_signal_ends_at_once(job_file, tmp_path, armillary):
-    run = Run(tmp_path / "run")
-    process = started(tmp_path, "train", job_file, "training.steps=100000", "--run-dir", "run")
-    wait_for(lambda: run.curve(), process)
-    refused(armillary("resume", "run"), "being trained already")
-    process.terminate()
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    last = run.curve()[-1]["step"]
-    assert run.latest().at().endswith(f"/step-{last:08d}")
-    process = started(tmp_path, "resume", "run")
-    ranks = wait_for(lambda: len(list(run.events("placed"))) == 2 and list(run.events("placed"))[1]["ranks"], process)
-    refused(armillary("resume", "run"), "being trained already")
-    for number in (signal.SIGSTOP, signal.SIGINT, signal.SIGTERM, signal.SIGCONT):  # both are there when it wakes
-        process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    refused(subprocess.CompletedProcess([], process.returncode, out, err), "stopped at once", code=1)
-    assert_gone(ranks)
-    assert run.latest()
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(job_file, armillary, tmp_path):
-    done = armillary("train", job_file, "optimizer.learning_rate=1e30", "optimizer.clip_grad=1e30", "--run-dir", "run")
-    refused(done, "the loss is", "at step", "learning_rate", code=1)
-    assert "the loss is" in next(Run(tmp_path / "run").events("failed"))["error"]
 
 
 def test_a_port_in_use_is_refused_and_leaves_no_run_and_a_run_as_it_was(interrupted, job_file, armillary, tmp_path):

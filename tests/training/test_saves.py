@@ -29,7 +29,7 @@ class Watcher:
 
     def __init__(self, folder, ranks=1, stop_after=STEPS):
         self.folder, self.ranks, self.stop_after = folder, ranks, stop_after
-        self.steps, self.saved_steps, self.missed = [], [], []
+        self.steps, self.saved_steps, self.missed, self.verdicts = [], [], [], []
 
     def stop_requested(self):
         return len(self.steps) + 1 >= self.stop_after
@@ -43,6 +43,9 @@ class Watcher:
 
     def not_saved(self, step, reason):
         self.missed.append((step, reason))
+
+    def verdict(self, verdict):
+        self.verdicts.append(verdict)
 
 
 def train(tables, folder, rank=Rank(), watcher=None, **checkpoint):  # noqa: B008 - a frozen one
@@ -77,6 +80,7 @@ def test_a_save_that_fails_is_told_and_training_goes_on(tables, tmp_path, monkey
     full(monkeypatch, 1)
     watcher = train(tables, tmp_path)
     assert watcher.saved_steps == [4, 6]
+    assert [(one.kind, one.step, one.phase) for one in watcher.verdicts] == [("full storage", 2, "checkpoint")]
     assert len(watcher.steps) == STEPS
     ((step, reason),) = watcher.missed
     assert step == 2

@@ -1,5 +1,6 @@
 """DeepSpeed ZeRO (Rajbhandari et al. 2020) over Megatron-core's model: stages 1 to 3, with offload to the host."""
 
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -158,7 +159,10 @@ class ZeroEngine:
         zero = self._engine.optimizer  # which has this step's norm before its engine has
         self._optimizer.refuses = lambda: not accept(float(zero._global_grad_norm) if norm is None else norm)
         self._engine.step()
-        return float(self._engine.get_global_grad_norm()) if norm is None else norm
+        norm = float(self._engine.get_global_grad_norm()) if norm is None else norm
+        if self._stage < 3 and not math.isfinite(norm):
+            zero.averaged_gradients.clear()  # offloaded ones DeepSpeed 0.19.8 would add the next step's to
+        return norm
 
     def _set_canonical(self) -> float:
         """Put the deterministic sums, clipped, in the place of the zeros that DeepSpeed has reduced; their norm."""
