@@ -126,8 +126,6 @@ class Machines:
                 held.gpus = ray.get(own.remote())
         environment = {"OMP_NUM_THREADS": str(self.cpus), "PYTHONWARNINGS": "ignore", "DS_LOG_LEVEL": "warning",
                        "CUDA_VISIBLE_DEVICES": held.gpus}  # fmt: skip
-        if not self._job.cluster.address:
-            environment["GLOO_SOCKET_IFNAME"] = "lo"
         # The group has the resources; two generations of ranks, one of which waits, share them.
         actor = ray.remote(Worker).options(
             num_cpus=0,

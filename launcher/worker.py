@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import ray
 
 from armillary.data_pipeline.cursor import Cursor
@@ -63,14 +64,16 @@ class Worker:
         sys.stderr.flush()
         os.dup2(file, 1)
         os.dup2(file, 2)
-        here = self.where()["node"]
-        end_processes((place["pid"], place["began"]) for place in before if place["node"] == here)
+        here = self.where()
+        end_processes((place["pid"], place["began"]) for place in before if place["node"] == here["node"])
+        if interface := interface_of(here["address"]):  # else gloo takes that of the host's name
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
     def where(self) -> dict:
         """This rank's node, address and process, which a number names only together with when it began."""
-        context, address = ray.get_runtime_context(), ray.util.get_node_ip_address()
-        pid = os.getpid()
-        return {"node": context.get_node_id(), "address": address, "pid": pid, "began": began(pid)}
+        process, context = psutil.Process(), ray.get_runtime_context()
+        address, began = ray.util.get_node_ip_address(), process.create_time()
+        return {"node": context.get_node_id(), "address": address, "pid": process.pid, "began": began}
 
     def free_port(self, address: str) -> int:
         """A port on `address` that was free just now."""
@@ -210,19 +213,17 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def began(pid: int) -> int:
-    """When a process began, in clock ticks since the machine did; 0 where there is none (proc(5), stat)."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    except OSError:
-        return 0
+def interface_of(address: str) -> str | None:
+    """The network interface that has this address."""
+    found = psutil.net_if_addrs().items()
+    return next((name for name, addresses in found if any(one.address == address for one in addresses)), None)
 
 
-def end_processes(processes: Iterable[tuple[int, int]]) -> None:
+def end_processes(processes: Iterable[tuple[int, float]]) -> None:
     """Kill these (number, when it began) and wait until they are gone: they hold the GPU that is to be ours."""
-    deadline = time.monotonic() + FENCE_TIMEOUT
-    for pid, when in processes:
-        while began(pid) == when and time.monotonic() < deadline:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-            time.sleep(0.02)
+    for pid, began in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            if process.create_time() == began:
+                process.kill()
+                process.wait(FENCE_TIMEOUT)

@@ -20,6 +20,7 @@ SETTINGS = {  # a node that is gone is to be seen within seconds
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "3",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "10",  # after which a node that hears nothing from the head ends itself
     "RAY_worker_niceness": "0",
 }
 
@@ -63,18 +64,19 @@ class Node:
 class Cluster:
     """A head without processors, and nodes with some; use as a context. `environment` is what joins it."""
 
-    def __init__(self):
+    def __init__(self, host: str = "127.0.0.1"):
+        self._host = host
         self._folder = tempfile.mkdtemp(prefix="r-")  # sockets live in it, whose paths may not be long
         token = Path(self._folder) / "token"
         token.write_text("5" * 64)
         self.environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
         with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
+            probe.bind((host, 0))
             self._port = probe.getsockname()[1]
-        self.address = f"127.0.0.1:{self._port}"
+        self.address = f"{host}:{self._port}"
         self.nodes: list[Node] = []
         self._head = self._start("--head", f"--port={self._port}", "--include-dashboard=false",
-                                 f"--temp-dir={self._folder}", cpus=0)  # fmt: skip
+                                 f"--temp-dir={self._folder}", cpus=0, host=host)  # fmt: skip
         deadline = time.monotonic() + START_SECONDS
         while not self._listens():
             assert self._head.process.poll() is None, "the head ended"
@@ -87,11 +89,16 @@ class Cluster:
     def __exit__(self, *_) -> None:
         for node in (*self.nodes, self._head):
             node.kill()
+        for process in psutil.process_iter(["cmdline"]):  # what had left its parent
+            if any(self._folder in word for word in process.info["cmdline"] or ()):
+                process.kill()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def add(self, cpus: int) -> Node:
-        """A new node, which joins within a second or two. (Of nodes that start at the same time some never do.)"""
-        node = self._start(f"--address={self.address}", cpus=cpus)
+    def add(self, cpus: int, host: str = "", prefix: list[str] = ()) -> Node:
+        """A new node, which joins within a second or two. (Of nodes that start at the same time some never do.)
+
+        prefix: what the command begins with, as `ip netns exec NAME` for a node in another namespace."""
+        node = self._start(f"--address={self.address}", cpus=cpus, host=host or self._host, prefix=prefix)
         deadline = time.monotonic() + START_SECONDS
         while not node.has_raylet():
             assert node.process.poll() is None, "the node ended"
@@ -105,9 +112,9 @@ class Cluster:
         node.kill()
         self.nodes.remove(node)
 
-    def _start(self, *words: str, cpus: int) -> Node:
+    def _start(self, *words: str, cpus: int, host: str, prefix: list[str] = ()) -> Node:
         process = subprocess.Popen(
-            [RAY, "start", "--block", f"--num-cpus={cpus}", "--node-ip-address=127.0.0.1", "--num-gpus=0",
+            [*prefix, RAY, "start", "--block", f"--num-cpus={cpus}", f"--node-ip-address={host}", "--num-gpus=0",
              "--object-store-memory=100000000", "--disable-usage-stats", *words],
             env=os.environ | self.environment | SETTINGS,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
@@ -116,7 +123,7 @@ class Cluster:
 
     def _listens(self) -> bool:
         with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", self._port)) == 0
+            return probe.connect_ex((self._host, self._port)) == 0
 
 
 def kill_rank(place: dict) -> None:

@@ -20,12 +20,30 @@ SET_ANEW = ("connection", "transfer-encoding", "date", "server")  # headers, by 
 
 
 class Proxy(http.server.ThreadingHTTPServer):
-    """Passes requests on to the S3 server. `faults` are used up one by one by requests of objects with `methods`."""
+    """Passes requests on to the S3 server. `faults` are used up one by one by requests of objects with `methods`.
+
+    From the request number `die_at` of those that change something, none is answered any more, nor passed on, or that
+    one still is: as when the process that asks is killed.
+    """
 
     def __init__(self, server: tuple[str, int]):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.upstream, self.faults, self.got, self.lock = server, [], Counter(), threading.Lock()
         self.methods = ("GET",)
+        self.changes, self._end, self._passed, self.dead = 0, 0, False, False
+
+    def die_at(self, end: int, passed: bool) -> None:
+        """0: live again."""
+        self.changes, self._end, self._passed, self.dead = 0, end, passed, False
+
+    def dies(self, method: str) -> tuple[bool, bool]:
+        """Whether a request is passed on, and whether it is answered."""
+        with self.lock:
+            if self.dead or method in ("GET", "HEAD"):
+                return not self.dead, not self.dead
+            self.changes += 1
+            self.dead = self.changes == self._end
+            return not self.dead or self._passed, not self.dead
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -43,10 +61,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if fault == "gone":  # no answer at all
             self.close_connection = True
             return None
+        passed, answered = self.server.dies(self.command)
+        if not passed:
+            self.close_connection = True
+            return None
         upstream = http.client.HTTPConnection(*self.server.upstream)
         upstream.request(self.command, self.path, body, dict(self.headers))
         answer = upstream.getresponse()
         content = answer.read()
+        if not answered:
+            self.close_connection = True
+            return None
         headers = {name: value for name, value in answer.getheaders() if name.lower() not in SET_ANEW}
         if self.command != "HEAD":
             headers["Content-Length"] = str(len(content))

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+from armillary.errors import ArmillaryError
 from armillary.launcher.job import Job
 from armillary.launcher.run import Run
 from armillary.training.config import CheckpointConfig
@@ -15,6 +16,7 @@ from tests.chaos.disk import Disk, Killed
 from tests.chaos.saves import found, latest, save
 from tests.conftest import ROOT
 from tests.launcher.test_run import DATA
+from tests.s3 import Proxy
 
 KEEP = CheckpointConfig(keep_last=2)
 FIRST_SAVE = 60.0  # seconds that a process may take until it has saved something
@@ -40,21 +42,38 @@ def at_operation(root: Path, job: Job, step: int, end: int, mode: str) -> Disk:
     run, disk = two_saves(root, job), Disk(root / "checkpoints", end, mode, seed=end)
     with disk.patched(), contextlib.suppress(Killed):
         save(run, 1, step, 3, KEEP, lambda: disk.dead)
+    with Disk(run.path / "checkpoints").patched():
+        _whole(run, step, disk.dead)
+    return disk
+
+
+def at_request(proxy: Proxy, root: Path, job: Job, step: int, end: int, passed: bool) -> bool:
+    """The same for a store behind the proxy, which dies at a request that changes something; whether it came so far."""
+    run = two_saves(root, job)
+    proxy.die_at(end, passed)
+    with contextlib.suppress(ArmillaryError):
+        save(run, 1, step, 3, KEEP, lambda: proxy.dead)
+    dead = proxy.dead
+    proxy.die_at(0, False)
+    _whole(run, step, dead)
+    return dead
+
+
+def _whole(run: Run, step: int, dead: bool) -> None:
+    """What must be true after a save of `step` that may have been killed, and of the next launch."""
     held, now = found(run), latest(run)
-    assert now == (step, 3) or (disk.dead and now == (20, 2))
+    assert now == (step, 3) or (dead and now == (20, 2))
     if now == (step, 3):
         assert held.items() >= {(20, 2), (30, 3)} if step == 30 else held == {10: 1, 20: 3}
     else:
         assert held[10] == 1
         assert held[20] in (2, 3)
-    with Disk(run.path / "checkpoints").patched():
-        run.new_generation()
-        save(run, 2, 40, 4, KEEP, alive)
+    run.new_generation()
+    save(run, 2, 40, 4, KEEP, alive)
     assert latest(run) == (40, 4)
     assert len(found(run)) == 2
     rest = [name for name in run.store().sizes() if name.endswith((".tmp", "00000.json"))]
     assert not rest, "nothing half-written is left"
-    return disk
 
 
 def at_random(root: Path, seconds: float) -> int:
