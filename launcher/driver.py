@@ -126,7 +126,7 @@ class Driver:
         while True:
             nodes = self._machines.nodes()
             self._machines.keep({node.id for node in nodes})
-            if found := largest(self._job, nodes, least):
+            if found := largest(self._job, nodes, least, self._machines.fits):
                 job, bundles = found
                 return Plan(job, bundles, plan.resume, plan.until)
             if time.monotonic() >= deadline:
@@ -264,6 +264,7 @@ class Watcher:
             case "serving":
                 host, _, port = message["address"].rpartition(":")
                 node = ranks.places[rank]["address"]
+                self._machines.memory = message["memory"]
                 ranks.addresses[rank] = f"{node if host in ('0.0.0.0', '::') else host}:{port}"
                 if len(ranks.addresses) == len(ranks.workers):
                     run.write_job(self._job)  # only now is it known that the layout fits, and that the ports are free

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import psutil
+
 from armillary.launcher.job import Job
 from armillary.planner.hardware import Cluster, cluster, gpu_of_device
 
@@ -30,6 +32,15 @@ def peak_flops(precision: str) -> float:
     if not torch.cuda.is_available() or (gpu := gpu_of_device(torch.cuda.get_device_name())) is None:
         return 0.0
     return cluster(gpu, 1, 1).peak(precision)
+
+
+def memory_of_rank(neighbours: int) -> float:
+    """Bytes of the current GPU; without one, of this machine, shared out to so many ranks."""
+    import torch
+
+    if torch.cuda.is_available():
+        return float(torch.cuda.get_device_properties().total_memory)
+    return psutil.virtual_memory().total / neighbours
 
 
 def this_machine(gpus: int, dev: Path = Path("/dev")) -> Cluster | None:

@@ -28,7 +28,7 @@ class Growth:
         if smaller == self._job.parallel.world_size or now - self._looked < LOOK_SECONDS:
             return False
         self._looked = now
-        found = largest(self._job, self._machines.nodes(), smaller + 1)
+        found = largest(self._job, self._machines.nodes(), smaller + 1, self._machines.fits)
         if found is None:
             return False
         job, bundles = found

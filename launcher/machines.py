@@ -8,7 +8,11 @@ from armillary.errors import ClusterError
 from armillary.launcher import cluster
 from armillary.launcher.job import Job
 from armillary.launcher.placement import Bundle, Node
+from armillary.launcher.plan_commands import rows_of
 from armillary.launcher.waiting import Stop, wait_all
+from armillary.planner.memory import memory
+from armillary.planner.plan import step_of
+from armillary.planner.search import MARGIN
 
 
 @dataclass
@@ -33,6 +37,14 @@ class Machines:
         shared = max(1, (os.cpu_count() or 1) // world) if not job.cluster.address else 1
         self.cpus = job.cluster.cpus_per_rank or shared
         self._held: dict[str, Held] = {}
+        self.memory = 0.0  # bytes that a rank has, as one has told; 0: none has yet
+
+    def fits(self, job: Job) -> bool:
+        """Whether the planner says that a rank's memory is enough for this layout."""
+        rows = rows_of(job)
+        step = step_of(job, rows.document, rows.images)
+        peak = max(stage.total for stage in memory(job.model, job.parallel, step))
+        return peak <= (1 - MARGIN) * self.memory
 
     def nodes(self) -> list[Node]:
         """The nodes that answer now."""

@@ -75,12 +75,13 @@ def launch(
             f"a rank's process did not start: {first_line(error)}", folder / "logs", "see the logs there"
         ) from None
     train_job, done, verdicts = job.train_job().model_dump(mode="json"), plan.done, run.verdicts()
-    for rank, (worker, (_, local)) in enumerate(zip(ranks.workers, _slots(plan.bundles), strict=True)):
+    for rank, (worker, (bundle, local)) in enumerate(zip(ranks.workers, _slots(plan.bundles), strict=True)):
         assignment = {
             "run": run.path.name,
             "job": train_job,
             "job_hash": job.hash(),
             "rank": {"rank": rank, "world_size": world, "local_rank": local, "address": address, "port": port},
+            "neighbours": bundle.count,
             "store": run.store_location(job.checkpoint),
             "resume": plan.resume.at() if plan.resume else None,
             "beyond": run.beyond(done).model_dump(),

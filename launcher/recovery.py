@@ -1,10 +1,12 @@
 """What to do about a fault: pure decisions."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 
 from armillary.errors import JobError
 from armillary.launcher.job import Job, resolve
 from armillary.launcher.placement import Bundle, Failure, Node, place
+from armillary.planner.search import divisors
 from armillary.training.health import Verdict
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds
@@ -20,28 +22,57 @@ def pause(in_vain: int, most: int) -> float | None:
     return min(FIRST_PAUSE * 2 ** (in_vain - 1), LONGEST_PAUSE) if in_vain else 0.0
 
 
-def largest(job: Job, nodes: Sequence[Node], least: int) -> tuple[Job, list[Bundle]] | None:
+Placed = tuple[Job, list[Bundle]]  # a job, and where its ranks go
+
+
+def largest(job: Job, nodes: Sequence[Node], least: int, fits: Callable[[Job], bool]) -> Placed | None:
     """The job on as many ranks as these nodes have room for, its own number at most, and where they go; None where
     there is room for fewer than `least`.
 
-    Only the number of data-parallel copies changes, and the global batch does not: so the weights are those that the
-    whole layout would have had.
+    As long as there is room for one copy of the model, only the number of data-parallel copies changes, and the global
+    batch does not: so the weights are those that the whole layout would have had. For less room the tensor and pipeline
+    sizes are divided, where a rank's memory has room for what it has to hold then (`fits`).
     """
     layout = job.parallel
-    copy = layout.world_size // layout.data
-    for data in range(layout.data, 0, -1):
+    if found := _most_copies(job, layout.tensor, layout.pipeline, nodes, least):
+        return found
+    sizes = itertools.product(divisors(layout.tensor), divisors(layout.pipeline))
+    found = [_most_copies(job, *size, nodes, least) for size in sizes if size != (layout.tensor, layout.pipeline)]
+    fitting = [one for one in found if one is not None and fits(one[0])]
+    return max(fitting, key=_size, default=None)
+
+
+def _size(placed: Placed) -> tuple[int, int, int]:
+    """More ranks are better; of as many, larger shares of them for a copy of the model, as the job has it."""
+    layout = placed[0].parallel
+    return layout.world_size, layout.tensor, layout.pipeline
+
+
+def _most_copies(job: Job, tensor: int, pipeline: int, nodes: Sequence[Node], least: int) -> Placed | None:
+    """The job with these sizes, on as many ranks as there is room for."""
+    copy = tensor * pipeline * job.parallel.context
+    for data in range(job.parallel.world_size // copy, 0, -1):
         if data * copy < least:
             return None
-        bundles = place(nodes, data * copy, layout.tensor)
-        if bundles and (smaller := job if data == layout.data else with_layout(job, data)):
+        bundles = place(nodes, data * copy, tensor)
+        if bundles and (smaller := with_layout(job, data, tensor, pipeline)):
             return smaller, bundles
     return None
 
 
-def with_layout(job: Job, data: int) -> Job | None:
-    """The job with so many data-parallel copies; None where its batch or its experts cannot be shared out so."""
+def with_layout(job: Job, data: int, tensor: int, pipeline: int) -> Job | None:
+    """The job with these sizes; None where the model, its batch or its experts cannot be shared out so."""
+    layout = job.parallel
+    if (data, tensor, pipeline) == (layout.data, layout.tensor, layout.pipeline):
+        return job
+    changed = {"data": data, "tensor": tensor, "pipeline": pipeline}
+    changed["world_size"] = data * tensor * pipeline * layout.context
+    if pipeline != layout.pipeline:
+        changed |= {"virtual": 1, "first_stage_layers": 0, "last_stage_layers": 0}
+    if tensor == 1:
+        changed["sequence_parallel"] = False
     tables = job.model_dump(mode="json")
-    tables["parallel"] |= {"data": data, "world_size": data * (job.parallel.world_size // job.parallel.data)}
+    tables["parallel"] |= changed
     try:
         return resolve(tables, "job.toml")
     except JobError:

@@ -84,7 +84,7 @@ class Worker:
     def run(self, assignment: dict) -> Failure | Ended:
         """Train; how far, or how it failed. The traceback of anything unforeseen is in the log."""
         try:
-            from armillary.launcher.fitting import peak_flops
+            from armillary.launcher.fitting import memory_of_rank, peak_flops
             from armillary.training.config import TrainJob
             from armillary.training.loop import Assignment, run
             from armillary.training.process_group import Rank, join, leave
@@ -93,9 +93,9 @@ class Worker:
             timeout = assignment.pop("start_timeout")
             rank, beyond = Rank(**assignment.pop("rank")), Cursor(**assignment.pop("beyond"))
             join(rank, job.parallel, timeout)
-            peak = peak_flops(job.training.precision)
+            peak, memory = peak_flops(job.training.precision), memory_of_rank(assignment.pop("neighbours"))
             assigned = Assignment(job=job, rank=rank, peak_flops=peak, beyond=beyond, **assignment)
-            step = run(assigned, self, self._serving)
+            step = run(assigned, self, lambda address: self._serving(address, memory))
             leave()
             return Ended(step, self._preempted)
         except ArmillaryError as error:
@@ -167,8 +167,8 @@ class Worker:
         self._preempted = True
         self._stop.set()
 
-    def _serving(self, address: str) -> None:
-        self._say({"kind": "serving", "address": address}, urgent=True)
+    def _serving(self, address: str, memory: float) -> None:
+        self._say({"kind": "serving", "address": address, "memory": memory}, urgent=True)
 
     def _say(self, message: dict, urgent: bool = False) -> None:
         with self._news:

@@ -26,12 +26,23 @@ def test_faults_are_of_machines_and_not_of_programs():
     assert not is_fault(Failure(0, "IndexError", "list index out of range"))
 
 
-def a_job(data=4, tensor=1, batch=8, least=1, **training):
+def nothing_fits(job):
+    """What has no room for a larger share of the model."""
+    return False
+
+
+def a_job(data=4, tensor=1, batch=8, least=1, pipeline=1, virtual=1, sequence_parallel=False, **training):
     return resolve(
         {
             "model": MODEL,
             "data": {"path": "nowhere", "sources": SOURCES, "seq_length": 128},
-            "parallel": {"data": data, "tensor": tensor},
+            "parallel": {
+                "data": data,
+                "tensor": tensor,
+                "pipeline": pipeline,
+                "virtual": virtual,
+                "sequence_parallel": sequence_parallel,
+            },
             "training": {"global_batch": batch, **training},
             "cluster": {"min_ranks": least},
         },
@@ -59,7 +70,7 @@ def nodes(*rooms):
     ],
 )
 def test_the_largest_layout_that_there_is_room_for(job, rooms, data):
-    found = largest(job, nodes(*rooms), job.cluster.min_ranks)
+    found = largest(job, nodes(*rooms), job.cluster.min_ranks, nothing_fits)
     if data is None:
         assert found is None
         return
@@ -72,10 +83,30 @@ def test_the_largest_layout_that_there_is_room_for(job, rooms, data):
     assert smaller.parallel.model_dump(exclude=others) == job.parallel.model_dump(exclude=others)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "rooms", "found"),
+    [
+        ({"tensor": 2, "pipeline": 2, "data": 2}, (2, 2), (2, 2, 1)),  # one copy is left: nothing else changes
+        ({"tensor": 2, "pipeline": 2, "data": 2}, (2, 1), (2, 1, 1)),  # of two ranks, the larger tensor size
+        ({"tensor": 2, "pipeline": 2, "data": 2}, (1, 1, 1), (1, 2, 1)),  # three copies do not divide the batch
+        ({"tensor": 2, "pipeline": 2, "virtual": 1, "data": 1}, (1,), (1, 1, 1)),
+        ({"tensor": 2, "sequence_parallel": True}, (1,), (1, 1, 1)),
+    ],
+)
+def test_where_no_copy_has_room_it_is_shared_out_to_fewer_ranks(sizes, rooms, found):
+    job = a_job(**sizes)
+    smaller, bundles = largest(job, nodes(*rooms), 1, lambda job: True)
+    layout = smaller.parallel
+    assert (layout.tensor, layout.pipeline, layout.data) == found
+    assert sum(bundle.count for bundle in bundles) == layout.world_size
+    fewer = found[:2] != (sizes["tensor"], sizes.get("pipeline", 1))
+    assert (largest(job, nodes(*rooms), 1, nothing_fits) is None) == fewer, "a larger share needs memory"
+
+
 @given(st.lists(st.integers(0, 8), max_size=6), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2]))
 def test_more_room_never_gives_fewer_ranks(rooms, data, tensor):
     job = a_job(data, tensor)
-    found, more = largest(job, nodes(*rooms), job.cluster.min_ranks), largest(job, nodes(*rooms, 2), 1)
+    found, more = (largest(job, nodes(*room), 1, nothing_fits) for room in (rooms, (*rooms, 2)))
     sizes = [0 if one is None else one[0].parallel.world_size for one in (found, more)]
     assert sizes[0] <= sizes[1] <= job.parallel.world_size
 

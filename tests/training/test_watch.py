@@ -2,15 +2,19 @@
 
 import json
 import math
+import threading
+import time
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from armillary.data_pipeline.cursor import Cursor
 from armillary.errors import LossError
 from armillary.launcher.job import resolve
 from armillary.storage import LocalStorage
 from armillary.training.checkpoint.load import Reader
-from armillary.training.health import MOST_SKIPPED
+from armillary.training.health import MOST_SKIPPED, heartbeat, stuck
 from armillary.training.loop import Assignment, Trainer
 from armillary.training.metrics import Metrics
 from armillary.training.process_group import Rank, join
@@ -79,6 +83,30 @@ def skip_one(rank, tables, out):
         other.close()
         if rank.rank == 0:
             (folder / "records.json").write_text(json.dumps(records))
+    tell_where(rank, out)
+
+
+def tell_where(rank, out):
+    """Rank 1 is busy with something of its own, rank 0 waits for it: what both tell meanwhile."""
+    heartbeat.enter("reduce" if rank.rank == 0 else "data")
+    teller = threading.Timer(1.0, lambda: (out / f"{rank.rank}.json").write_text(json.dumps(heartbeat.report())))
+    teller.start()
+    if rank.rank == 1:
+        time.sleep(5.0)
+    dist.all_reduce(torch.zeros(1))
+    teller.join()
+
+
+def test_of_ranks_that_wait_the_one_that_waits_for_nobody_is_stuck(skipped):
+    reports = [json.loads((skipped / f"{rank}.json").read_text()) for rank in range(2)]
+    assert [report["phase"] for report in reports] == ["reduce", "data"]
+    assert reports[0]["collective"] == "all_reduce"
+    assert "test_watch.py" in reports[0]["line"]
+    assert reports[1]["collective"] == ""
+    assert "time.sleep(5.0)" in reports[1]["line"]
+    assert min(report["silent"] for report in reports) > 0.5
+    assert stuck(reports, 0.5) == [1]
+    assert stuck(reports, 60.0) is None
 
 
 @pytest.fixture(scope="module")
