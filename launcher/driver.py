@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from armillary.errors import ERRORS, ArmillaryError, FaultError, LossError, RunError
+from armillary.errors import ERRORS, ArmillaryError, ClusterError, FaultError, LossError, RunError
 from armillary.launcher import cluster
 from armillary.launcher.arguments import counted
 from armillary.launcher.growth import LOOK_SECONDS, Growth
@@ -74,16 +74,20 @@ class Driver:
     def drive(self, resume: Storage | None) -> Outcome:
         """See `drive`."""
         plan = self._placed(Plan(self._job, [], resume, self._until), self._job.parallel.world_size)
-        in_vain = 0  # launches in a row without a new checkpoint
+        launches, in_vain = 0, 0  # in_vain: launches in a row without a new checkpoint
         while True:
-            done = plan.done
+            done, reason = plan.done, None
             try:
                 outcome = self._launch(plan)
                 if not outcome.growing:
                     return outcome
-                reason = None
             except (FaultError, LossError) as error:
                 reason = error
+            except ClusterError as error:  # machines and ports of a run that was under way come back
+                if not launches:
+                    raise
+                reason = error
+            launches += 1
             resume = self._run.latest() if self._run.has_checkpoint else None
             plan = Plan(self._job, [], resume, self._until)
             if reason is not None:
@@ -91,7 +95,7 @@ class Driver:
                 plan = self._after(reason, plan, in_vain)
             plan = self._placed(plan, self._job.cluster.min_ranks)
 
-    def _after(self, error: FaultError | LossError, plan: Plan, in_vain: int) -> Plan:
+    def _after(self, error: ArmillaryError, plan: Plan, in_vain: int) -> Plan:
         """Where to go on from after a fault or a bad step; raises the error where that is enough."""
         bad = isinstance(error, LossError)
         seconds = pause(in_vain, self._job.cluster.max_restarts)

@@ -1,10 +1,12 @@
 """The machines that a run holds: their resources, and processes that wait there with their imports done."""
 
+import contextlib
 import os
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from armillary.errors import ClusterError
+from armillary.errors import ClusterError, FaultError
 from armillary.launcher import cluster
 from armillary.launcher.job import Job
 from armillary.launcher.placement import Bundle, Node
@@ -14,6 +16,8 @@ from armillary.planner.memory import memory
 from armillary.planner.plan import step_of
 from armillary.planner.search import MARGIN
 
+LOOK_SECONDS = 2.0  # between two looks whether a node that is waited for is still there
+
 
 @dataclass
 class Held:
@@ -21,6 +25,7 @@ class Held:
 
     count: int
     group: object  # the placement group, of one bundle
+    ready: object  # the call that ends when it is ours
     gpus: str | None = None
     waiting: list = field(default_factory=list)  # (actor, the call that does its imports)
 
@@ -52,22 +57,27 @@ class Machines:
 
     def hold(self, bundles: Iterable[Bundle], stop: Stop) -> None:
         """Take what these ranks need, and let go of nodes that have none. ClusterError where that is not free within
-        `cluster.start_timeout`."""
+        `cluster.start_timeout`, FaultError where a node goes meanwhile."""
         import ray
 
         bundles = list(bundles)
-        for node in self._held.keys() - {bundle.node for bundle in bundles}:
+        wanted = {bundle.node for bundle in bundles}
+        for node in self._held.keys() - wanted:
             self._let_go(node)
         self.request(bundles)
-        limit = self._job.cluster.start_timeout
-        try:
-            wait_all([self._held[bundle.node].group.ready() for bundle in bundles], limit, stop)
-        except ray.exceptions.GetTimeoutError:
-            raise ClusterError(
-                f"the machines for {sum(bundle.count for bundle in bundles)} ranks were not free within {limit:.0f} s",
-                self._job.cluster.address or "this machine",
-                "wait for other jobs to end, or raise cluster.start_timeout",
-            ) from None
+        limit, ready = self._job.cluster.start_timeout, [self._held[node].ready for node in wanted]
+        deadline, where = time.monotonic() + limit, self._job.cluster.address or "this machine"
+        while True:
+            with contextlib.suppress(ray.exceptions.GetTimeoutError):
+                wait_all(ready, LOOK_SECONDS, stop)
+                return
+            if not wanted <= {node.id for node in self.nodes()}:
+                raise FaultError("a machine went before its ranks had begun", where, "see to that machine")
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"the machines for {sum(bundle.count for bundle in bundles)} ranks were not free within "
+                    f"{limit:.0f} s", where, "wait for other jobs to end, or raise cluster.start_timeout",
+                )  # fmt: skip
 
     def request(self, bundles: Iterable[Bundle]) -> None:
         """Ask for what these ranks need beside what is held."""
@@ -81,7 +91,7 @@ class Machines:
                 self._let_go(bundle.node)
             demand = {"CPU": self.cpus * bundle.count} | ({"GPU": bundle.count} if self._gpus else {})
             group = placement_group([demand], bundle_label_selector=[{"ray.io/node-id": bundle.node}])
-            self._held[bundle.node] = Held(bundle.count, group)
+            self._held[bundle.node] = Held(bundle.count, group, group.ready())
 
     def could_hold(self, bundles: Iterable[Bundle]) -> bool:
         """Whether that leaves everything that is held as it is."""
@@ -100,7 +110,7 @@ class Machines:
         calls = []
         for bundle in bundles:
             held = self._held[bundle.node]
-            if not ray.wait([held.group.ready()], timeout=0)[0]:
+            if not ray.wait([held.ready], timeout=0)[0]:
                 return False
             while len(held.waiting) < bundle.count:
                 worker = self._new(held)

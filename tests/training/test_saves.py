@@ -48,14 +48,24 @@ class Watcher:
         self.verdicts.append(verdict)
 
 
-def train(tables, folder, rank=Rank(), watcher=None, **checkpoint):  # noqa: B008 - a frozen one
+def train(tables, folder, rank=Rank(), watcher=None, steps=STEPS, **checkpoint):  # noqa: B008 - a frozen one
     job = resolve(
         tables | {"checkpoint": {"every": 2} | checkpoint, "parallel": {"data": rank.world_size}}, "test"
     ).train_job()
     watcher = watcher or Watcher(folder, rank.world_size)
     join(rank, job.parallel)
-    run(Assignment("saves", job, "hash", rank, folder, None, STEPS), watcher)
+    run(Assignment("saves", job, "hash", rank, folder, None, steps), watcher)
     return watcher
+
+
+def test_a_bad_step_is_a_verdict_and_no_step(tables, tmp_path):
+    training = tables["training"] | {"steps": 120, "spike": 2.5, "bad_step": "skip"}
+    watcher = Watcher(tmp_path, stop_after=10_000)
+    train(tables | {"training": training}, tmp_path, watcher=watcher, steps=120, every=1000)
+    bad = [verdict.step for verdict in watcher.verdicts]
+    assert bad
+    assert {verdict.action for verdict in watcher.verdicts} == {"skip"}
+    assert sorted([record["step"] for record in watcher.steps] + bad) == list(range(1, 121))
 
 
 def full(monkeypatch, times):
