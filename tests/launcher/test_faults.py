@@ -221,7 +221,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(job_file, armillary, tmp_path):
 
 
 def test_after_a_spike_a_run_goes_back_and_leaves_the_data_out(job_file, armillary, tmp_path):
-    words = ("training.spike=3.0", "training.steps=100", "checkpoint.every=10", "training.bad_step=rewind")
+    words = ("training.spike=2.5", "training.steps=120", "checkpoint.every=10", "training.bad_step=rewind")
     done = armillary("train", job_file, *words, "cluster.standby=true", "--run-dir", "run", "--json")
     assert done.returncode == 0, done.stderr
     run = Run(tmp_path / "run")
@@ -230,7 +230,7 @@ def test_after_a_spike_a_run_goes_back_and_leaves_the_data_out(job_file, armilla
     for spike, rewind, launch in zip(spikes, rewinds, launches[1:], strict=True):
         assert rewind["cursor"] == spike["cursor"]
         assert rewind["from_step"] == launch["from_step"] < spike["step"]
-    assert [event["step"] for event in run.curve()] == list(range(1, 101))
+    assert [event["step"] for event in run.curve()] == list(range(1, 121))
     places = [(event["cursor"]["block"], event["cursor"]["row"]) for event in run.curve()]
     assert places == sorted(set(places))
     left_out = {(one["cursor"]["block"], one["cursor"]["row"]) for one in spikes}

@@ -1,5 +1,5 @@
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from armillary.kernels.cross_entropy import IGNORED, linear_cross_entropy
@@ -15,6 +15,7 @@ def drawn(*shape, seed=0):
     z_loss=st.sampled_from([0.0, 1e-2]), smoothing=st.sampled_from([0.0, 0.1]), seed=st.integers(0, 99),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )  # fmt: skip
+@example(tokens=38, hidden=1, entries=2, z_loss=0.0, smoothing=0.0, seed=0, dtype=torch.bfloat16)  # nearly cancels
 @settings(deadline=None, max_examples=30)
 def test_any_sizes_are_near_float64(tokens, hidden, entries, z_loss, smoothing, seed, dtype):
     generator = torch.Generator().manual_seed(seed)
@@ -34,4 +35,6 @@ def test_any_sizes_are_near_float64(tokens, hidden, entries, z_loss, smoothing, 
         assert not losses[labels == IGNORED].any()
         return total.to(dtype)
 
-    assert_near(ours, exact, [drawn(tokens, hidden), drawn(entries, hidden, seed=1) / hidden**0.5], dtype)
+    tensors = [drawn(tokens, hidden), drawn(entries, hidden, seed=1) / hidden**0.5]
+    # A weight's gradient is a sum over tokens of terms of about 1 / entries, which may cancel.
+    assert_near(ours, exact, tensors, dtype, scale=0.2 / entries)
