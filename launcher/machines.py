@@ -145,7 +145,7 @@ class Machines:
             held.gpus = ""
             if self._gpus:
                 own = ray.remote(_gpu_ids).options(num_cpus=0, num_gpus=held.count, scheduling_strategy=strategy)
-                held.gpus = ray.get(own.remote())
+                held.gpus = ray.get(own.remote(), timeout=self._job.cluster.start_timeout)
         environment = {"OMP_NUM_THREADS": str(self.cpus), "PYTHONWARNINGS": "ignore", "DS_LOG_LEVEL": "warning",
                        "CUDA_VISIBLE_DEVICES": held.gpus}  # fmt: skip
         # The group has the resources; two generations of ranks, one of which waits, share them.

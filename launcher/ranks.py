@@ -58,11 +58,11 @@ def launch(
     limit, world = job.cluster.start_timeout, job.parallel.world_size
     machines.hold(plan.bundles, stop)
     try:
+        prepared = []
         for rank, (bundle, _) in enumerate(_slots(plan.bundles)):
-            worker = machines.worker(bundle.node)
-            ranks.workers.append(worker)
-            worker.prepare.remote(rank, folder / "logs" / f"rank-{rank:05d}.log", before)
-        ranks.places = wait_all([worker.where.remote() for worker in ranks.workers], limit, stop)
+            ranks.workers.append(machines.worker(bundle.node))
+            prepared.append(ranks.workers[-1].prepare.remote(rank, folder / "logs" / f"rank-{rank:05d}.log", before))
+        ranks.places = wait_all(prepared, limit, stop)
         address = ranks.places[0]["address"]
         (port,) = wait_all([ranks.workers[0].free_port.remote(address)], limit, stop)
         run.event("placed", ranks=ranks.places)  # from now on a rank that dies is named

@@ -55,8 +55,8 @@ class Worker:
         import armillary.launcher.fitting
         import armillary.training.loop  # noqa: F401
 
-    def prepare(self, rank: int, log: Path, before: list[dict]) -> None:
-        """Become a rank whose output goes to `log`, once the processes of `before` on this machine are gone."""
+    def prepare(self, rank: int, log: Path, before: list[dict]) -> dict:
+        """Become a rank whose output goes to `log`, once those of `before` on this machine are gone; its own place."""
         self._rank = rank
         log.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -64,16 +64,11 @@ class Worker:
         sys.stderr.flush()
         os.dup2(file, 1)
         os.dup2(file, 2)
-        here = self.where()
-        end_processes((place["pid"], place["began"]) for place in before if place["node"] == here["node"])
+        here = place()
+        end_processes((one["pid"], one["began"]) for one in before if one["node"] == here["node"])
         if interface := interface_of(here["address"]):  # else gloo takes that of the host's name
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-
-    def where(self) -> dict:
-        """This rank's node, address and process, which a number names only together with when it began."""
-        process, context = psutil.Process(), ray.get_runtime_context()
-        address, began = ray.util.get_node_ip_address(), process.create_time()
-        return {"node": context.get_node_id(), "address": address, "pid": process.pid, "began": began}
+        return here
 
     def free_port(self, address: str) -> int:
         """A port on `address` that was free just now."""
@@ -211,6 +206,13 @@ def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(FENCE_SECONDS)
     os._exit(1)
+
+
+def place() -> dict:
+    """This process's node, address and number, which names it only together with when it began."""
+    process, context = psutil.Process(), ray.get_runtime_context()
+    address, began = ray.util.get_node_ip_address(), process.create_time()
+    return {"node": context.get_node_id(), "address": address, "pid": process.pid, "began": began}
 
 
 def interface_of(address: str) -> str | None:
