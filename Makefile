@@ -16,7 +16,7 @@ help:
 	@echo "make bench-layouts  every layout beside a plain PyTorch model, about eight minutes"
 	@echo "make bench-planner  the planner beside published runs, where their tables are at hand"
 	@echo "make bench-checkpoint  saving and loading beside plain files, safetensors and DCP, about a minute"
-	@echo "make chaos     saves killed at every operation, ranks and nodes of a cluster killed, a network cut, about forty minutes"
+	@echo "make chaos     saves killed at every operation, ranks and nodes of a cluster killed, a network cut, about an hour"
 	@echo "make gpu       the kernels beside their peers, on a machine with a GPU"
 	@echo "make lint      ruff"
 	@echo "make clean     remove the virtual environment and what builds and tests left"
