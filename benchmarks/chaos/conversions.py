@@ -16,8 +16,8 @@ HEAD = """## Any layout to any layout
 
 {layouts} layouts of up to four ranks (tensor with and without sequence parallelism, pipeline, virtual and uneven
 stages, context, expert and data parallelism, ZeRO-1 to -3 with and without offload, both engines, fp32 and bf16) train
-five steps and save; each checkpoint is loaded into every layout of the same model and saved again. Every fp32 weight and
-both moments are compared.
+five steps and save; each checkpoint is loaded into every layout of the same model and saved again. Every fp32 weight
+and both moments are compared.
 
 | model | layouts | conversions | tensors compared | not equal, bit for bit |
 |---|---|---|---|---|

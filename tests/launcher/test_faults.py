@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 
@@ -195,11 +196,11 @@ def test_a_rank_that_dies_at_start_ends_the_run_with_its_name(job_file, tmp_path
 
 def test_sigterm_saves_a_checkpoint_too_and_a_second_signal_ends_at_once(job_file, tmp_path, armillary):
     run = Run(tmp_path / "run")
-    process = started(tmp_path, "train", job_file, "training.steps=100000", "--run-dir", "run")
+    process = started(tmp_path, "train", job_file, "training.steps=100000", "cluster.grace=15.0", "--run-dir", "run")
     wait_for(lambda: run.curve(), process)
     refused(armillary("resume", "run"), "being trained already")
     process.terminate()
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=15)
     assert process.returncode == 75, err
     last = run.curve()[-1]["step"]
     assert run.latest().at().endswith(f"/step-{last:08d}")
@@ -212,6 +213,26 @@ def test_sigterm_saves_a_checkpoint_too_and_a_second_signal_ends_at_once(job_fil
     refused(subprocess.CompletedProcess([], process.returncode, out, err), "stopped at once", code=75)
     assert_gone(ranks)
     assert run.latest()
+
+
+def test_a_rank_under_torchrun_saves_at_sigterm_and_exits_alike(job_file, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "armillary.launcher.torchrun",
+        job_file,
+        "--run-dir",
+        "run",
+        "training.steps=100000",
+    ]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    run = Run(tmp_path / "run")
+    wait_for(lambda: run.curve(), process)
+    process.terminate()
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 75, err
+    assert "stopped by SIGTERM after step" in err
+    assert run.latest_step() == run.curve()[-1]["step"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(job_file, armillary, tmp_path):
