@@ -213,7 +213,8 @@ class Watcher:
         ended = [ray.get(result) for result in ranks.results]
         step, preempted = ended[0].step, any(one.preempted for one in ended) or self._stop.terminated_at is not None
         early = step < self._plan.until
-        return Outcome(step, early and not growing, early and preempted, early and growing and not preempted)
+        grow = early and growing and not preempted and not self._stop.count
+        return Outcome(step, early and not grow, early and preempted, grow)
 
     def _end_after_step(self) -> None:
         for worker in self._ranks.workers:
