@@ -15,6 +15,7 @@ import psutil
 
 RAY = Path(sys.executable).with_name("ray")
 START_SECONDS = 60.0
+SETTLE_SECONDS = 3.0  # that a node takes to join once its agent runs: of two that do so at once one may never
 SETTINGS = {  # a node that is gone is to be seen within seconds
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
@@ -104,6 +105,7 @@ class Cluster:
             assert node.process.poll() is None, "the node ended"
             assert time.monotonic() < deadline, "the node does not start"
             time.sleep(0.05)
+        time.sleep(SETTLE_SECONDS)
         self.nodes.append(node)
         return node
 
