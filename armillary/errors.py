@@ -62,4 +62,7 @@ class PreemptedError(RunError):
     exit_code = 75  # EX_TEMPFAIL of sysexits.h
 
 
-ERRORS = {kind.__name__: kind for kind in (JobError, DataError, CheckpointError, ClusterError, RunError, LossError)}
+ERRORS = {
+    kind.__name__: kind
+    for kind in (JobError, DataError, CheckpointError, ClusterError, RunError, LossError, FaultError)
+}

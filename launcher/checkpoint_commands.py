@@ -65,7 +65,7 @@ def list_(run: RunPath, as_json: AsJson = False) -> None:
             continue
         saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one.state.saved_at))
         folder = one.name + (" (latest)" if store.at(one.name) == latest else "")
-        numbers = (f"{one.state.step:,}", f"{one.state.loss:.4f}", f"{one.state.tokens:,}", saved)
+        numbers = (f"{one.state.step:,}", _loss(one.state.loss), f"{one.state.tokens:,}", saved)
         table.add_row(*numbers, f"{one.bytes / 1e9:.3f}", folder)
     Console(soft_wrap=True).print(table)
     print(f"{counted(len(found), 'checkpoint')} in {store.at()}")
@@ -206,6 +206,10 @@ def import_(
         print(json.dumps({"path": str(checkpoint), "model": model.model_dump()}))
     else:
         print(f"{folder} is a checkpoint now: {checkpoint}; begin with it: checkpoint.start={checkpoint}")
+
+
+def _loss(loss: float | None) -> str:
+    return "--" if loss is None else f"{loss:.4f}"
 
 
 def _said(layout: dict) -> str:

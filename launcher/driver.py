@@ -1,47 +1,28 @@
 """The driver: plans a launch, watches its ranks, commits what they save, and goes on after a fault.
 
 States: plan -> launch -> watch -> end; after a fault, a bad step or a machine that came back: plan again. What it
-decides is in recovery.py and placement.py; this file, ranks.py, machines.py and growth.py only carry it out.
+decides is in recovery.py and placement.py; this file, watcher.py, ranks.py, machines.py and growth.py carry it out.
 """
 
 import contextlib
 import time
-from dataclasses import dataclass
-from pathlib import Path
 
-from armillary.errors import ERRORS, ArmillaryError, ClusterError, FaultError, LossError, RunError
+from armillary.errors import ArmillaryError, ClusterError, FaultError, LossError, PreemptedError, RunError
 from armillary.launcher import cluster
 from armillary.launcher.arguments import counted
-from armillary.launcher.growth import LOOK_SECONDS, Growth
+from armillary.launcher.growth import LOOK_SECONDS
 from armillary.launcher.job import Job
 from armillary.launcher.machines import Machines
-from armillary.launcher.placement import Failure, blame, is_fault, no_room
+from armillary.launcher.placement import no_room
 from armillary.launcher.progress import View
-from armillary.launcher.ranks import Plan, Ranks, failures_of, kill, launch, reports_of
-from armillary.launcher.recovery import hung, largest, lost, pause, rewind_to
+from armillary.launcher.ranks import Plan, Ranks, kill, launch
+from armillary.launcher.recovery import Outcome, largest, pause, rewind_to, still_there
 from armillary.launcher.run import Run
-from armillary.launcher.waiting import POLL_SECONDS, Stop, signals, sleep
+from armillary.launcher.waiting import Stop, signals, sleep
+from armillary.launcher.watcher import Watcher
 from armillary.storage import Storage
 from armillary.training.checkpoint.catalog import listed
 from armillary.training.checkpoint.commit import sweep
-from armillary.training.checkpoint.manifest import State
-from armillary.training.health import Verdict, stuck
-
-LAST_WORDS_SECONDS = (
-    2.0  # that a rank may take to answer at the end: one that imports or connects may not answer at all
-)
-GRACE_SECONDS = 3.0  # for the peers of a failed rank to tell what they saw
-USER_ERRORS = {name for name, kind in ERRORS.items() if kind.exit_code == 2}
-
-
-@dataclass
-class Outcome:
-    """How a launch ended: the last step done, whether it was stopped before `until`, and whether by a SIGTERM."""
-
-    step: int
-    interrupted: bool
-    preempted: bool = False
-    growing: bool = False  # stopped to go on with more ranks
 
 
 def drive(run: Run, job: Job, until: int, resume: Storage | None, view: View) -> Outcome:
@@ -59,6 +40,10 @@ def drive(run: Run, job: Job, until: int, resume: Storage | None, view: View) ->
             machines = Machines(job, gpus)
             try:
                 return Driver(run, job, until, machines, view, stop).drive(resume)
+            except RunError as error:
+                if stop.terminated_at is None:
+                    raise
+                raise PreemptedError(error.what, error.where, error.fix) from error
             finally:
                 machines.release()
 
@@ -69,58 +54,63 @@ class Driver:
     def __init__(self, run: Run, job: Job, until: int, machines: Machines, view: View, stop: Stop):
         self._run, self._job, self._until = run, job, until
         self._machines, self._view, self._stop = machines, view, stop
-        self._before: list[dict] = []  # places of the ranks of the launch before
+        self._before: list[dict] = []  # places of the ranks of earlier launches, where none has come since
+        self._launches, self._in_vain = 0, 0  # in_vain: launches in a row that a fault ended without a new checkpoint
+        self._back_to: int | None = None  # the step that the last rewind went back to
+        self._rewinds = 0  # in a row without a new checkpoint
 
     def drive(self, resume: Storage | None) -> Outcome:
         """See `drive`."""
         plan = self._placed(Plan(self._job, [], resume, self._until), self._job.parallel.world_size)
-        launches, in_vain = 0, 0  # in_vain: launches in a row without a new checkpoint
         while True:
-            done, reason = plan.done, None
+            done, error = plan.done, None  # the checkpoint may be pruned meanwhile
             try:
-                outcome = self._launch(plan)
-                if not outcome.growing:
-                    return outcome
-            except (FaultError, LossError) as error:
-                reason = error
-            except ClusterError as error:  # machines and ports of a run that was under way come back
-                if not launches:
-                    raise
-                reason = error
-            launches += 1
-            resume = self._run.latest() if self._run.has_checkpoint else None
-            plan = Plan(self._job, [], resume, self._until)
-            if reason is not None:
-                in_vain = 0 if plan.done > done else in_vain + 1
-                plan = self._after(reason, plan, in_vain)
-            plan = self._placed(plan, self._job.cluster.min_ranks)
+                ended = self._launch(plan)
+                if not ended.growing:
+                    return ended
+            except (FaultError, LossError, ClusterError) as failed:
+                error = failed
+            self._launches += 1
+            plan = self._placed(self._next(done, error), self._job.cluster.min_ranks)
 
-    def _after(self, error: ArmillaryError, plan: Plan, in_vain: int) -> Plan:
-        """Where to go on from after a fault or a bad step; raises the error where that is enough."""
-        bad = isinstance(error, LossError)
-        seconds = pause(in_vain, self._job.cluster.max_restarts)
-        if seconds is None or self._stop.count or (bad and self._job.training.bad_step != "rewind"):
+    def _next(self, done: int, error: ArmillaryError | None) -> Plan:
+        """Where to go on from after a launch that began at step `done`; raises its error where that is enough."""
+        resume = self._run.latest() if self._run.has_checkpoint else None
+        plan = Plan(self._job, [], resume, self._until)
+        if error is None:
+            return plan
+        if self._stop.count:
+            raise self._stop.error(error.what, error.where)
+        if isinstance(error, LossError):
+            return self._rewound(plan, error)
+        self._in_vain = 0 if plan.done > done else self._in_vain + 1
+        seconds = pause(self._in_vain, self._job.cluster.max_restarts)
+        # What never was there does not come back; machines and ports of a run that was under way do.
+        if seconds is None or (isinstance(error, ClusterError) and self._launches == 1):
             raise error
-        if bad:
-            cursor = [event["cursor"] for event in self._run.events("verdict") if event.get("action") == "rewind"][-1]
-            plan = self._back(plan, in_vain)
-            self._run.leave_out(plan.done, cursor)
-            seconds = 0.0
         self._run.event("restart", seconds=seconds, from_step=plan.done, reason=error.what)
         when = f"in {seconds:.0f} s, " if seconds else ""
         self._view.say(f"{error.what}; starting again {when}from step {plan.done}")
         sleep(seconds, self._stop)
         return plan
 
-    def _back(self, plan: Plan, in_vain: int) -> Plan:
-        """The plan from the checkpoint to go back to after a bad step."""
+    def _rewound(self, plan: Plan, error: LossError) -> Plan:
+        """The plan from the checkpoint to go back to after a bad step, without the data since then."""
+        verdict = self._run.last_bad_step()
+        if self._job.training.bad_step != "rewind" or verdict is None or verdict["action"] != "rewind":
+            raise error
+        self._rewinds = self._rewinds + 1 if self._back_to is not None and plan.done <= self._back_to else 0
+        if pause(self._rewinds, self._job.cluster.max_restarts) is None:
+            fix = "lower optimizer.learning_rate, or resume with training.bad_step=skip"
+            raise LossError(f"{error.what}, {self._rewinds} rewinds in vain", error.where, fix)
         steps = [one.state.step for one in listed(self._run.store()) if one.state is not None]
-        step = rewind_to([step for step in steps if step <= plan.done], in_vain)
-        if step == plan.done:
-            return plan
-        if step:
-            self._run.rewind(step)
-        return Plan(plan.job, [], self._run.checkpoint(step) if step else None, plan.until)
+        self._back_to = rewind_to(steps, plan.done, self._back_to)
+        if self._back_to != plan.done:
+            self._run.rewind(self._back_to)
+            plan = Plan(plan.job, [], self._run.checkpoint(self._back_to), plan.until)
+        self._run.leave_out(self._back_to, verdict["step"], verdict["cursor"])
+        self._view.say(f"{error.what}; going back to step {plan.done}, without the data since then")
+        return plan
 
     def _placed(self, plan: Plan, least: int) -> Plan:
         """The plan on the nodes that are there, once there is room for `least` ranks: on a cluster more may be on their
@@ -150,7 +140,7 @@ class Driver:
             launch(ranks, plan, self._machines, run, self._before, folder, self._stop)
             fewer = f" of {self._job.parallel.world_size}" if plan.job != self._job else ""
             self._view.launched(f"{counted(layout.world_size, 'rank')}{fewer} started, logs in {folder / 'logs'}")
-            outcome = Watcher(run, self._job, plan, ranks, self._machines, self._view, self._stop, folder).watch()
+            ended = Watcher(run, self._job, plan, ranks, self._machines, self._view, self._stop, folder).watch()
         except ArmillaryError as error:
             run.event("failed", generation=number, error=str(error))
             raise
@@ -160,188 +150,9 @@ class Driver:
                 "free some space",
             ) from error  # fmt: skip
         finally:
-            self._before = ranks.places
+            self._before = still_there(self._before, ranks.places)
             kill(ranks)
             with contextlib.suppress(ArmillaryError, OSError):  # what cannot be removed now is at the next start
                 sweep(run.store())
-        run.event("ended", generation=number, step=outcome.step, interrupted=outcome.interrupted)
-        return outcome
-
-
-class Watcher:
-    """Of one launch: hears its ranks, commits their checkpoints, and finds out what is wrong with them."""
-
-    def __init__(
-        self, run: Run, job: Job, plan: Plan, ranks: Ranks, machines: Machines, view: View, stop: Stop, folder: Path
-    ):
-        self._run, self._job, self._plan, self._ranks = run, job, plan, ranks
-        self._machines, self._view, self._stop, self._folder = machines, view, stop, folder
-        self._growth = Growth(machines, job, plan)
-        self._stepped = False
-        # A rank that imports, builds its model and loads a checkpoint says nothing for long.
-        self._quiet_until = time.monotonic() + job.cluster.start_timeout + job.cluster.hang_timeout
-
-    def watch(self) -> Outcome:
-        """Until all ranks have ended, or one has failed."""
-        import ray
-
-        ranks, stopping, growing = self._ranks, 0, False
-        pending = list(ranks.results)
-        while pending:
-            self._ask()
-            ready, _ = ray.wait([*pending, *ranks.asked], timeout=POLL_SECONDS)
-            self._hear([ref for ref in ready if ref in ranks.asked])
-            done = [ref for ref in ready if ref in pending]
-            pending = [ref for ref in pending if ref not in done]
-            if failures := failures_of(ranks, done):
-                self._hear_all()
-                self._fail(failures, pending)
-            self._find_stuck()
-            if self._stop.count > stopping:
-                stopping = self._stop.count
-                if stopping > 1:
-                    raise self._stop.error("stopped at once, at the second request", self._run.path)
-                self._view.say("stopping after this step, with a checkpoint (again to stop at once)")
-                self._end_after_step()
-            self._out_of_grace()
-            if self._stepped and not stopping and not growing and self._growth.ready():
-                growing = True
-                self._run.event("growing", ranks=self._growth.ranks)
-                self._view.say(f"going on with {counted(self._growth.ranks, 'rank')}: there is room again")
-                self._end_after_step()
-        self._hear_all()
-        ended = [ray.get(result) for result in ranks.results]
-        step, preempted = ended[0].step, any(one.preempted for one in ended) or self._stop.terminated_at is not None
-        early = step < self._plan.until
-        grow = early and growing and not preempted and not self._stop.count
-        return Outcome(step, early and not grow, early and preempted, grow)
-
-    def _end_after_step(self) -> None:
-        for worker in self._ranks.workers:
-            worker.stop.remote()
-
-    def _out_of_grace(self) -> None:
-        grace = self._job.cluster.grace
-        if self._stop.terminated_at is not None and time.monotonic() > self._stop.terminated_at + grace:
-            last = f"of step {self._run.latest_step()}" if self._run.has_checkpoint else "none"
-            raise self._stop.error(
-                f"no checkpoint could be saved within the grace of {grace:.0f} s; the last one is {last}",
-                self._run.path, "resume from that one; raise cluster.grace where the platform allows it",
-            )  # fmt: skip
-
-    def _ask(self) -> None:
-        """Ask the ranks for news, unless they have yet to answer.
-
-        Every rank says where its metrics are; the rest of the run's news is rank 0's alone.
-        """
-        ranks = self._ranks
-        for rank, worker in enumerate(ranks.workers):
-            if rank not in ranks.asked.values() and (rank == 0 or rank not in ranks.addresses):
-                ranks.asked[worker.messages.remote(ranks.heard[rank])] = rank
-
-    def _hear(self, answers: list) -> None:
-        """Take in what the ranks have to say; a rank that is gone says nothing."""
-        import ray
-
-        for ref in answers:
-            rank = self._ranks.asked.pop(ref)
-            try:
-                messages = ray.get(ref, timeout=30)
-            except ray.exceptions.RayError:
-                continue  # its result tells how it ended
-            self._ranks.heard[rank] += len(messages)
-            for message in messages:
-                self._take(rank, message)
-
-    def _hear_all(self) -> None:
-        """The answers under way, and what was said after them; of ranks that still answer."""
-        import ray
-
-        for _ in range(2):
-            self._ask()
-            asked = list(self._ranks.asked)
-            ready, _ = ray.wait(asked, num_returns=len(asked), timeout=LAST_WORDS_SECONDS)
-            self._hear(ready)
-
-    def _take(self, rank: int, message: dict) -> None:
-        run, ranks, view = self._run, self._ranks, self._view
-        match message.pop("kind"):
-            case "serving":
-                host, _, port = message["address"].rpartition(":")
-                node = ranks.places[rank]["address"]
-                self._machines.memory = message["memory"]
-                ranks.addresses[rank] = f"{node if host in ('0.0.0.0', '::') else host}:{port}"
-                if len(ranks.addresses) == len(ranks.workers):
-                    run.write_job(self._job)  # only now is it known that the layout fits, and that the ports are free
-                    run.write_targets([ranks.addresses[r] for r in range(len(ranks.workers))])
-                    view.say(f"metrics of every rank: {run.targets_file}")
-            case "step":
-                self._moved()
-                run.event("step", **{key: value for key, value in message.items() if key not in ("time", "bad")})
-                view.step(message)
-            case "saved":
-                state, problem = State.model_validate(message["state"]), None
-                try:
-                    run.commit(message["name"], state, ranks.generation, len(ranks.workers), self._job.checkpoint)
-                    view.saved(state.step)
-                except (ArmillaryError, OSError) as error:
-                    problem = str(error)
-                ranks.workers[rank].committed.remote(problem)
-            case "not saved":
-                run.event("not_saved", **message)
-                view.say(f"warning: no checkpoint of step {message['step']}: {message['reason']}")
-            case "verdict":
-                self._judge(Verdict(**message["verdict"]))
-
-    def _judge(self, verdict: Verdict) -> None:
-        """Write down what is wrong, and say it."""
-        if verdict.rank is not None and verdict.node is None:
-            verdict = Verdict(**verdict.as_dict() | {"node": self._ranks.places[verdict.rank]["node"]})
-        self._run.verdict(verdict)
-        self._view.say(verdict.line())
-
-    def _moved(self) -> None:
-        if not self._stepped and self._job.cluster.standby:
-            self._growth.stand_by()
-        self._stepped = True
-        self._quiet_until = time.monotonic() + self._job.cluster.hang_timeout
-
-    def _find_stuck(self) -> None:
-        """FaultError where no rank has moved for long."""
-        if time.monotonic() < self._quiet_until:
-            return
-        limit = self._job.cluster.hang_timeout
-        reports = reports_of(self._ranks)
-        found = stuck(reports, limit)
-        if found is None:
-            self._quiet_until = time.monotonic() + limit / 4
-            return
-        verdict = hung(found, reports, [place["node"] for place in self._ranks.places], limit)
-        self._judge(verdict)
-        raise FaultError(verdict.what, self._folder / "logs", verdict.remedy)
-
-    def _fail(self, failures: list[Failure], pending: list) -> None:
-        """Raise the error that explains the failures, after a short wait for the other ranks' own."""
-        import ray
-
-        ranks, run = self._ranks, self._run
-        if pending:
-            done, _ = ray.wait(pending, num_returns=len(pending), timeout=GRACE_SECONDS)
-            failures = failures + failures_of(ranks, done)
-        first = blame(failures, USER_ERRORS)
-        log = self._folder / "logs" / f"rank-{first.rank:05d}.log"
-        if first.kind in ERRORS:
-            raise ERRORS[first.kind](*first.message.split("\0"))
-        if is_fault(first):
-            node = ranks.places[first.rank]["node"]
-            if first.kind == "died":
-                alive = node in {node.id for node in self._machines.nodes()}
-                self._judge(lost(first, node, alive, failures))
-            raise FaultError(
-                f"rank {first.rank} of {len(ranks.workers)} "
-                + ("died" if first.kind == "died" else f"lost its peers: {first.message}"), log,
-                "see its log and the machine's (out of memory?), then "
-                + ("`armillary resume`" if run.has_checkpoint else "start it again"),
-            )  # fmt: skip
-        what = f"rank {first.rank} failed: {first.kind}: {first.message}"
-        raise RunError(what, log, "the traceback is in that log")
+        run.event("ended", generation=number, step=ended.step, interrupted=ended.interrupted)
+        return ended

@@ -31,9 +31,7 @@ class ClusterConfig(Table):
         ge=0,
         description="times that a run which lost a process or a machine may start again without a new checkpoint",
     )
-    min_ranks: int = Field(
-        1, ge=1, description="where machines are lost, go on with fewer data-parallel copies down to so many ranks"
-    )
+    min_ranks: int = Field(1, ge=1, description="where machines are lost, go on with fewer ranks, down to so many")
     standby: bool = Field(
         False, description="beside each rank a process that waits, to take its place at once; it needs host memory"
     )

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from armillary.errors import ClusterError
+from armillary.errors import ERRORS, ClusterError, FaultError
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,9 @@ class Failure:
 
 def is_fault(failure: Failure) -> bool:
     """Whether it is a machine's or a process's, and not of what ran there."""
-    return failure.kind == "died" or _lost_contact(failure)
+    if failure.kind in ERRORS:
+        return failure.kind == FaultError.__name__
+    return failure.kind == "died" or _lost_contact(failure) or "cuda error" in failure.message.lower()
 
 
 def _lost_contact(failure: Failure) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from armillary.errors import FaultError, RunError
+from armillary.errors import FaultError
 from armillary.launcher.job import Job
 from armillary.launcher.machines import Machines
 from armillary.launcher.placement import Bundle, Failure
@@ -56,8 +56,8 @@ def launch(
 
     job = plan.job
     limit, world = job.cluster.start_timeout, job.parallel.world_size
-    machines.hold(plan.bundles, stop)
     try:
+        machines.hold(plan.bundles, stop)
         prepared = []
         for rank, (bundle, _) in enumerate(_slots(plan.bundles)):
             ranks.workers.append(machines.worker(bundle.node))
@@ -66,12 +66,8 @@ def launch(
         address = ranks.places[0]["address"]
         (port,) = wait_all([ranks.workers[0].free_port.remote(address)], limit, stop)
         run.event("placed", ranks=ranks.places)  # from now on a rank that dies is named
-    except ray.exceptions.RayActorError as error:
-        raise FaultError(
-            f"a rank's process did not start: {first_line(error)}", folder / "logs", "see the logs there"
-        ) from None
     except ray.exceptions.RayError as error:
-        raise RunError(
+        raise FaultError(
             f"a rank's process did not start: {first_line(error)}", folder / "logs", "see the logs there"
         ) from None
     train_job, done, verdicts = job.train_job().model_dump(mode="json"), plan.done, run.verdicts()

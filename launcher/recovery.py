@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from armillary.errors import JobError
 from armillary.launcher.job import Job, resolve
@@ -10,6 +11,7 @@ from armillary.planner.search import divisors
 from armillary.training.health import Verdict
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds
+MOST_NAMED = 8  # ranks in a verdict
 
 
 def pause(in_vain: int, most: int) -> float | None:
@@ -79,39 +81,72 @@ def with_layout(job: Job, data: int, tensor: int, pipeline: int) -> Job | None:
         return None
 
 
-def rewind_to(steps: Sequence[int], in_vain: int) -> int:
-    """The step to go back to after a bad one: of the last checkpoint or, when that was `in_vain` so many times, one
-    before it; 0: the start. steps: of all checkpoints."""
-    older = sorted(steps)
-    return older[-1 - in_vain] if in_vain < len(older) else 0
+def rewind_to(steps: Sequence[int], latest: int, before: int | None) -> int:
+    """The step to go back to after a bad one: of the latest checkpoint or, where the rewind to the step `before`
+    brought no new one, of one before that, if there is one. steps: of all checkpoints; 0: the start."""
+    if before is None or latest > before:
+        return latest
+    return max((step for step in steps if step < before), default=before)
 
 
-def lost(failure: Failure, node: str, node_lives: bool, others: Sequence[Failure]) -> Verdict:
-    """Of a rank whose process ended. others: failures of ranks that noticed, whose phase says where it was."""
-    phase, step = next(((other.phase, other.step) for other in (failure, *others) if other.phase), (None, None))
-    if node_lives:
+@dataclass
+class Outcome:
+    """How a launch ended: the last step done, whether it was stopped before it was due and whether by a SIGTERM; or
+    whether it was only stopped to go on with more ranks."""
+
+    step: int
+    interrupted: bool
+    preempted: bool = False
+    growing: bool = False
+
+
+def outcome(step: int, until: int, growing: bool, stopped: bool, preempted: bool) -> Outcome:
+    """Of a launch whose ranks ended well. stopped: the driver was told to; preempted: it, or a rank, by SIGTERM."""
+    early = step < until
+    grow = early and growing and not stopped and not preempted
+    return Outcome(step, early and not grow, early and preempted, grow)
+
+
+def still_there(before: Sequence[dict], placed: Sequence[dict]) -> list[dict]:
+    """Places of ranks that the next launch has to end before its own begin: those of a launch, and of the launches
+    before it those on nodes where it has none. It ended the others itself."""
+    nodes = {place["node"] for place in placed}
+    return [*placed, *(place for place in before if place["node"] not in nodes)]
+
+
+def lost(failures: Sequence[Failure], nodes: Sequence[str], alive: set[str]) -> Verdict:
+    """Of ranks that ended, or lost contact. nodes: each rank's; alive: those that answer."""
+    died = [failure.rank for failure in failures if failure.kind == "died"]
+    gone = [rank for rank, node in enumerate(nodes) if node not in alive]
+    phase, step = next(((one.phase, one.step) for one in failures if one.phase), (None, None))
+    if gone:
+        rank = next((rank for rank in died if rank in gone), gone[0])
+        remedy = "nothing: the run goes on without that machine, and takes it back when it returns"
+        return Verdict("lost node", f"the machine of rank {rank} is gone", remedy, rank, nodes[rank], phase, step)
+    if died:
         remedy = "see its log; if it was out of memory (`dmesg`), use a smaller micro-batch or more recomputation"
-        return Verdict("lost process", f"rank {failure.rank} died", remedy, failure.rank, node, phase, step)
-    remedy = "nothing: the run goes on without that machine, and takes it back when it returns"
-    return Verdict("lost node", f"the machine of rank {failure.rank} is gone", remedy, failure.rank, node, phase, step)
+        return Verdict(
+            "lost process", f"rank {died[0]} of {len(nodes)} died", remedy, died[0], nodes[died[0]], phase, step
+        )
+    first = failures[0]
+    remedy = "see its log, and the network and the devices of its machine"
+    what = f"rank {first.rank} lost its peers or its device: {first.message.partition(chr(0))[0]}"
+    return Verdict("lost contact", what, remedy, first.rank, nodes[first.rank], phase, step)
 
 
 def hung(ranks: Sequence[int], reports: Sequence[dict | None], nodes: Sequence[str], seconds: float) -> Verdict:
-    """Of ranks that training.health.stuck has found; none: all wait for each other."""
+    """Of ranks that training.health.stuck has found; none: none of them is behind another."""
+    told = next((one for one in reports if one is not None), None)
+    at = f"{told['waits'] or 'something of their own'} at {told['line']}" if told else ""
+    phase, step = (told["phase"], told["step"]) if told else (None, None)
     if not ranks:
-        report = next(filter(None, reports))
-        what = f"no rank has moved for {seconds:.0f} s: all wait in {report['collective']} at {report['line']}"
-        remedy = "look at the network between the machines, and its switches"
-        return Verdict("hung rank", what, remedy, phase=report["phase"], step=report["step"])
-    rank, report = ranks[0], reports[ranks[0]]
-    named = f"rank {rank}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks[:8]))}"
-    if report is None:
-        waiting = next((one for one in reports if one is not None), None)
-        others = f"; others wait in {waiting['collective'] or waiting['line']}" if waiting else ""
-        what, phase = f"{named} does not answer any more{others}", waiting["phase"] if waiting else None
-        step = waiting["step"] if waiting else None
+        what = f"no rank has moved for {seconds:.0f} s: all are in {at}"
+        return Verdict("hung rank", what, "look at the network and the storage that they share", phase=phase, step=step)
+    rank = ranks[0]
+    named = f"rank {rank}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks[:MOST_NAMED]))}"
+    if (report := reports[rank]) is None:
+        what = f"{named} does not answer any more" + (f"; others are in {at}" if told else "")
     else:
-        at = f"in {report['collective']} " if report["collective"] else ""
-        what, phase, step = f"{named} is stuck {at}at {report['line']}", report["phase"], report["step"]
+        what, phase, step = f"{named} is stuck at {report['line']}", report["phase"], report["step"]
     remedy = "nothing if it does not happen again: the run starts anew; else look at that machine's device and disk"
     return Verdict("hung rank", what, remedy, rank, nodes[rank], phase, step)

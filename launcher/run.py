@@ -223,20 +223,31 @@ class Run:
         self.store().put(LATEST, _pointer(folder_name(step)))
         self.event("rewound", step=step)
 
-    def leave_out(self, step: int, cursor: dict) -> None:
-        """Go on from the checkpoint of `step`, 0: from the start, but with the data after `cursor`."""
-        self.event("rewind", from_step=step, cursor=cursor)
+    def leave_out(self, step: int, bad_step: int, cursor: dict) -> None:
+        """Let who goes on from the checkpoint of `step` (0: the start), or from one between that and the bad step,
+        leave out the data up to `cursor`."""
+        self.event("rewind", from_step=step, bad_step=bad_step, cursor=cursor)
 
     def beyond(self, step: int) -> Cursor:
-        """Where the data goes on for who goes on from the checkpoint of `step`, if that is further than it says itself.
-        A `resume --from-step` in between begins anew."""
+        """Where the data goes on at least for who goes on from the checkpoint of `step`, see `leave_out`. A
+        `resume --from-step` in between begins anew."""
         cursor = Cursor()
         for event in self.events():
             if event["event"] == "rewound":
                 cursor = Cursor()
-            elif event["event"] == "rewind" and event["from_step"] == step:
+            elif event["event"] == "rewind" and event["from_step"] <= step < event["bad_step"]:
                 cursor = Cursor(**event["cursor"])
         return cursor
+
+    def last_bad_step(self) -> dict | None:
+        """The last verdict of the last launch that says what was done about a bad step."""
+        found = None
+        for event in self.events():
+            if event["event"] == "launch":
+                found = None
+            elif event["event"] == "verdict" and "action" in event:
+                found = event
+        return found
 
     def verdict(self, verdict: Verdict) -> None:
         self.event("verdict", **verdict.as_dict())

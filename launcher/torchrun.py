@@ -42,7 +42,7 @@ class LocalObserver:
         return self._stop
 
     def step_done(self, record: dict) -> None:
-        self._run.event("step", **{key: value for key, value in record.items() if key != "time"})
+        self._run.event("step", **{key: value for key, value in record.items() if key not in ("time", "bad")})
         self._view.step(record)
 
     def saved(self, name: str, state: State) -> None:
@@ -53,7 +53,8 @@ class LocalObserver:
         self._run.verdict(verdict)
         self._view.say(verdict.line())
         if verdict.action == "rewind":
-            self._run.leave_out(self._run.latest_step() if self._run.has_checkpoint else 0, verdict.cursor)
+            step = self._run.latest_step() if self._run.has_checkpoint else 0
+            self._run.leave_out(step, verdict.step, verdict.cursor)
 
     def not_saved(self, step: int, reason: str) -> None:
         self._run.event("not_saved", step=step, reason=reason)

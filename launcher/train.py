@@ -18,11 +18,12 @@ from armillary.data_pipeline.sources.easy_vqa import easy_vqa_questions
 from armillary.data_pipeline.verify import check_files
 from armillary.errors import ArmillaryError, CheckpointError, DataError, JobError
 from armillary.kernels.forced import VARIABLE, forced
-from armillary.launcher.driver import Outcome, drive
+from armillary.launcher.driver import drive
 from armillary.launcher.fitting import refuse_what_does_not_fit
 from armillary.launcher.job import Job
 from armillary.launcher.plot import plot_loss
 from armillary.launcher.progress import View
+from armillary.launcher.recovery import Outcome
 from armillary.launcher.run import Run
 from armillary.storage import Storage, is_url, open_storage
 from armillary.training.checkpoint.manifest import State, read_manifest
@@ -44,8 +45,8 @@ class Summary:
     interrupted: bool
     tokens: int
     tokens_per_second: float
-    first_loss: float
-    last_loss: float
+    first_loss: float | None
+    last_loss: float | None
     checkpoint: str
     metrics: str
     plot: str
@@ -62,7 +63,9 @@ class Summary:
         rows = {
             "steps": f"{self.steps} of {self.total_steps}" + (" (interrupted)" if self.interrupted else ""),
             "tokens": f"{self.tokens:,} at {self.tokens_per_second:,.0f} tokens/s",
-            "loss": f"{self.first_loss:.4f} at the first step, {self.last_loss:.4f} at the last",
+            "loss": "no step that counts"
+            if self.first_loss is None
+            else f"{self.first_loss:.4f} at the first step, {self.last_loss:.4f} at the last",
             "run": self.run,
             "checkpoint": self.checkpoint,
             "metrics": self.metrics,
@@ -249,10 +252,10 @@ def _summarise(run: Run, job: Job, outcome: Outcome) -> Summary:
         total_steps=job.training.steps,
         interrupted=outcome.interrupted,
         preempted=outcome.preempted,
-        tokens=curve[-1]["tokens"],
+        tokens=curve[-1]["tokens"] if curve else 0,
         tokens_per_second=round((len(steps) - 1) * job.tokens_per_step / seconds, 1) if seconds else 0.0,
-        first_loss=curve[0]["loss"],
-        last_loss=curve[-1]["loss"],
+        first_loss=curve[0]["loss"] if curve else None,
+        last_loss=curve[-1]["loss"] if curve else None,
         checkpoint=run.latest().at(),
         metrics=str(run.targets_file),
         plot=str(plot_loss(run)),

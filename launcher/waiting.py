@@ -51,7 +51,7 @@ def wait_all(refs: list, seconds: float, stop: Stop) -> list:
     while pending:
         _, pending = ray.wait(pending, num_returns=len(pending), timeout=POLL_SECONDS)
         if stop.count:
-            raise stop.error("stopped before training began", "launch", "start it again")
+            raise stop.error("stopped before the ranks had begun", "", "start it again, or resume what it has saved")
         if pending and time.monotonic() > deadline:
             raise ray.exceptions.GetTimeoutError(f"no answer within {seconds:.0f} s")
     return ray.get(refs)

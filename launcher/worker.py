@@ -19,7 +19,7 @@ from armillary.data_pipeline.cursor import Cursor
 from armillary.errors import ArmillaryError, CheckpointError, RunError
 from armillary.launcher.placement import Failure
 from armillary.training.checkpoint.manifest import State
-from armillary.training.health import Verdict
+from armillary.training.health import Verdict, heartbeat
 
 COMMIT_TIMEOUT = 600.0
 FENCE_SECONDS = 0.5  # between two looks at the parent
@@ -57,7 +57,8 @@ class Worker:
 
     def prepare(self, rank: int, log: Path, before: list[dict]) -> dict:
         """Become a rank whose output goes to `log`, once those of `before` on this machine are gone; its own place."""
-        self._rank = rank
+        self._rank, self._preempted = rank, False
+        self._stop.clear()  # what was told to a process that waits is not told to a rank
         log.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         sys.stdout.flush()
@@ -78,6 +79,7 @@ class Worker:
 
     def run(self, assignment: dict) -> Failure | Ended:
         """Train; how far, or how it failed. The traceback of anything unforeseen is in the log."""
+        heartbeat.enter("start")
         try:
             from armillary.launcher.fitting import memory_of_rank, peak_flops
             from armillary.training.config import TrainJob
@@ -109,10 +111,7 @@ class Worker:
 
     def report(self) -> dict:
         """How far this rank is: see training.health.Heartbeat.report."""
-        health = sys.modules.get("armillary.training.health")
-        if beating := getattr(health, "heartbeat", None):
-            return beating.report()
-        return {"step": 0, "phase": "start", "beats": 0, "silent": 0.0, "collective": "", "line": "imports"}
+        return heartbeat.report()
 
     def messages(self, since: int) -> list[dict]:
         """What this rank had to say after its first `since` messages; those are the driver's now.

@@ -15,7 +15,7 @@ import psutil
 
 RAY = Path(sys.executable).with_name("ray")
 START_SECONDS = 60.0
-SETTLE_SECONDS = 3.0  # that a node takes to join once its agent runs: of two that do so at once one may never
+STARTED = "Ray runtime started"  # says `ray start` once a node has joined; of nodes that join at once some never do
 SETTINGS = {  # a node that is gone is to be seen within seconds
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
@@ -48,10 +48,6 @@ class Node:
         """Its agent alone: what the ranks there do about it is up to them."""
         next(process for process in self._all() if process.name() == "raylet").kill()
 
-    def has_raylet(self) -> bool:
-        """Whether its agent runs."""
-        return any(process.name() == "raylet" for process in self._all())
-
     def has(self, pid: int) -> bool:
         """Whether a process is of this node."""
         return any(process.pid == pid for process in self._all())
@@ -77,12 +73,7 @@ class Cluster:
         self.address = f"{host}:{self._port}"
         self.nodes: list[Node] = []
         self._head = self._start("--head", f"--port={self._port}", "--include-dashboard=false",
-                                 f"--temp-dir={self._folder}", cpus=0, host=host)  # fmt: skip
-        deadline = time.monotonic() + START_SECONDS
-        while not self._listens():
-            assert self._head.process.poll() is None, "the head ended"
-            assert time.monotonic() < deadline, "the head does not start"
-            time.sleep(0.1)
+                                 f"--temp-dir={self._folder}", "--num-gpus=0", cpus=0, host=host)  # fmt: skip
 
     def __enter__(self) -> "Cluster":
         return self
@@ -95,19 +86,14 @@ class Cluster:
                 process.kill()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def add(self, cpus: int, host: str = "", prefix: list[str] = ()) -> Node:
-        """A new node, which joins within a second or two. (Of nodes that start at the same time some never do.)
+    def add(self, cpus: int, host: str = "", prefix: list[str] = (), gpus: int = 0) -> Node:
+        """A new node, which has joined.
 
-        prefix: what the command begins with, as `ip netns exec NAME` for a node in another namespace."""
-        node = self._start(f"--address={self.address}", cpus=cpus, host=host or self._host, prefix=prefix)
-        deadline = time.monotonic() + START_SECONDS
-        while not node.has_raylet():
-            assert node.process.poll() is None, "the node ended"
-            assert time.monotonic() < deadline, "the node does not start"
-            time.sleep(0.05)
-        time.sleep(SETTLE_SECONDS)
-        self.nodes.append(node)
-        return node
+        prefix: what the command begins with, as `ip netns exec NAME` for a node in another namespace. gpus: as many as
+        Ray is told that there are."""
+        words = (f"--address={self.address}", f"--num-gpus={gpus}")
+        self.nodes.append(self._start(*words, cpus=cpus, host=host or self._host, prefix=prefix))
+        return self.nodes[-1]
 
     def remove(self, node: Node) -> None:
         """Kill what is left of it."""
@@ -115,17 +101,19 @@ class Cluster:
         self.nodes.remove(node)
 
     def _start(self, *words: str, cpus: int, host: str, prefix: list[str] = ()) -> Node:
+        handle, said = tempfile.mkstemp(dir=self._folder, prefix="said-")
         process = subprocess.Popen(
-            [*prefix, RAY, "start", "--block", f"--num-cpus={cpus}", f"--node-ip-address={host}", "--num-gpus=0",
+            [*prefix, RAY, "start", "--block", f"--num-cpus={cpus}", f"--node-ip-address={host}",
              "--object-store-memory=100000000", "--disable-usage-stats", *words],
-            env=os.environ | self.environment | SETTINGS,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+            env=os.environ | self.environment | SETTINGS, stdout=handle, stderr=handle, start_new_session=True,
         )  # fmt: skip
-        return Node(process, cpus)
-
-    def _listens(self) -> bool:
-        with socket.socket() as probe:
-            return probe.connect_ex((self._host, self._port)) == 0
+        os.close(handle)
+        node, deadline = Node(process, cpus), time.monotonic() + START_SECONDS
+        while STARTED not in (text := Path(said).read_text()):
+            assert process.poll() is None, text
+            assert time.monotonic() < deadline, text
+            time.sleep(0.05)
+        return node
 
 
 def kill_rank(place: dict) -> None:

@@ -13,6 +13,8 @@ from armillary.data_pipeline.cursor import Cursor
 
 PHASES = ("start", "data", "compute", "reduce", "checkpoint", "end")
 
+WAITING = (".wait(", ".item()", ".tolist()", "synchronize(")  # calls in which a rank stands until others have come
+
 PROBES = 8  # in a row that are looked at together
 SLOW = 1.5  # times the median rank's time, on average
 MOST_SLOW = 2.5  # times that one probe counts for: two that were disturbed make no straggler
@@ -27,7 +29,8 @@ MOST_SKIPPED = 8  # steps in a row
 class Verdict:
     """What went wrong, where, and what to do about it; a number or name that nobody knows is left out.
 
-    kind: "lost process", "lost node", "hung rank", "straggler", "full storage", "failed save", "non-finite" or "spike".
+    kind: "lost process", "lost node", "lost contact", "hung rank", "straggler", "full storage", "failed save",
+    "non-finite" or "spike".
     action: what was done about a bad step; cursor: the data after it.
     """
 
@@ -58,7 +61,6 @@ class Heartbeat:
 
     step: int = 0
     phase: str = "start"
-    beats: int = 0
     _moved: float = field(default_factory=time.monotonic)
     _thread: int = 0
 
@@ -69,7 +71,6 @@ class Heartbeat:
         self.beat()
 
     def beat(self) -> None:
-        self.beats += 1
         self._moved = time.monotonic()
 
     @property
@@ -78,32 +79,31 @@ class Heartbeat:
         return time.monotonic() - self._moved
 
     def report(self) -> dict:
-        """For whoever asks, from any thread: step, phase, beats, seconds of silence, the collective operation that the
-        rank is in ("" for none), and the line of code."""
-        collective, line = _position(self._thread)
-        return {
-            "step": self.step, "phase": self.phase, "beats": self.beats, "silent": self.silent,
-            "collective": collective, "line": line,
-        }  # fmt: skip
+        """For whoever asks, from any thread: step, phase, seconds of silence, what the rank waits in for others ("" if
+        for nobody), and its line of code."""
+        waits, line = _position(self._thread)
+        return {"step": self.step, "phase": self.phase, "silent": self.silent, "waits": waits, "line": line}
 
 
 heartbeat = Heartbeat()  # a process has one rank
 
 
 def _position(thread: int) -> tuple[str, str]:
-    """The collective operation that a thread is in, or another one that runs its backward pass; and the last line that
-    is not PyTorch's own."""
+    """What a thread waits in, or another one that runs its backward pass; and the last line that is not PyTorch's own.
+
+    On a GPU an operation is only begun by its call, and waited for where a number of it is needed.
+    """
     frames = sys._current_frames()
     stacks = [traceback.extract_stack(frames[thread])] if thread in frames else []
     stacks += [stack for key in frames if key != thread and _collective(stack := traceback.extract_stack(frames[key]))]
-    collective = next(filter(None, map(_collective, stacks)), "")
+    waits = next(filter(None, map(_collective, stacks)), "")
     lines = [frame for frame in stacks[0] if "/torch/" not in frame.filename] if stacks else []
     if not lines:
-        return collective, ""
+        return waits, ""
     last = lines[-1]
-    if not collective and ".wait(" in (last.line or "") and "parallel" in last.filename:
-        collective = last.name  # an operation begun before, which nothing but its handle knows
-    return collective, f"{'/'.join(last.filename.split('/')[-3:])}:{last.lineno} {last.name}: {last.line}"
+    if not waits and any(word in (last.line or "") for word in WAITING):
+        waits = last.name
+    return waits, f"{'/'.join(last.filename.split('/')[-3:])}:{last.lineno} {last.name}: {last.line}"
 
 
 def _collective(stack: traceback.StackSummary) -> str:
@@ -113,20 +113,18 @@ def _collective(stack: traceback.StackSummary) -> str:
 def stuck(reports: Sequence[dict | None], seconds: float) -> list[int] | None:
     """The ranks that the others wait for, where none has moved for `seconds`; None where one has.
 
-    reports: of each rank, None where it gave no answer. Those are stuck that do not answer; else those that are in no
-    collective operation; else, of ranks that all wait for each other, those that got least far, if any did.
+    reports: of each rank, None where it gave no answer. Those are stuck that do not answer; else those that wait for
+    nobody; of these, or of ranks that all wait, those that got least far. None of them, if all are alike.
     """
     answers = {rank: report for rank, report in enumerate(reports) if report is not None}
     if any(report["silent"] < seconds for report in answers.values()):
         return None
     if silent := [rank for rank in range(len(reports)) if rank not in answers]:
         return silent
-    if alone := [rank for rank, report in answers.items() if not report["collective"]]:
-        return alone
-    places = {rank: (report["step"], PHASES.index(report["phase"])) for rank, report in answers.items()}
-    least = min(places.values())
-    behind = [rank for rank, place in places.items() if place == least]
-    return behind if len(behind) < len(places) else []
+    suspects = [rank for rank, report in answers.items() if not report["waits"]] or list(answers)
+    places = {rank: (answers[rank]["step"], PHASES.index(answers[rank]["phase"])) for rank in suspects}
+    behind = [rank for rank, place in places.items() if place == min(places.values())]
+    return behind if len(behind) < len(reports) else []
 
 
 def stragglers(probes: Iterable[Sequence[float]]) -> dict[int, float]:
@@ -169,9 +167,8 @@ def bad_verdict(kind: str, loss: float, grad_norm: float, step: int, action: str
     return Verdict(kind, what, remedy, phase="compute", step=step, action=action, cursor=after.model_dump())
 
 
-def failed_save(step: int, reason: str) -> Verdict:
+def failed_save(step: int, reason: str, full: bool) -> Verdict:
     """What is said of a checkpoint that could not be saved; training goes on."""
-    full = "no room" in reason or "No space left" in reason
     kind, remedy = (
         ("full storage", "free some space, or set checkpoint.keep_last: `armillary checkpoint prune`")
         if full

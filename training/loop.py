@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -69,7 +68,8 @@ class Trainer:
             for stage in self.stages:
                 compile_operations(stage)
         self.engine = build_engine(self.stages, job)
-        self.step, self.cursor, self.tokens, self.loss = 0, Cursor(), 0, math.nan
+        self.step, self.cursor, self.tokens, self.loss = 0, Cursor(), 0, None
+        self.skipped = 0  # steps whose update was left out
         self._recent: collections.deque[tuple[float, float]] = collections.deque(maxlen=RECENT)  # loss, gradient norm
         if assignment.resume is not None:
             self._load(Reader(open_storage(assignment.resume, CheckpointError)))
@@ -95,7 +95,9 @@ class Trainer:
         bad = "" if result.accepted else self._bad(result.loss, result.grad_norm)
         self.step, self.cursor = self.step + 1, step.after
         heartbeat.step = self.step
-        if not bad:
+        if bad:
+            self.skipped += 1
+        else:
             self.loss = result.loss
             self._recent.append((result.loss, result.grad_norm))
         self.tokens += self.job.tokens_per_step
@@ -132,6 +134,7 @@ class Trainer:
             job_hash=self.assignment.job_hash,
             job=self.job.model_dump(mode="json"),
             saved_at=time.time(),
+            skipped=self.skipped,
             recent=tuple(self._recent) if self.job.training.spike else (),
         )
 
@@ -151,16 +154,17 @@ class Trainer:
                 parts[moment].zero_()
         self._put(states, 0)
 
-    def _put(self, states: dict[str, dict[str, torch.Tensor]], step: int) -> None:
+    def _put(self, states: dict[str, dict[str, torch.Tensor]], updates: int) -> None:
         for parts in states.values():
             parts.update((part, tensor.to(self.rank.device)) for part, tensor in parts.items())
-        self.engine.load_state(states, step)
+        self.engine.load_state(states, updates)
 
     def _load(self, checkpoint: Reader) -> None:
         state = checkpoint.manifest.state
         self.step, self.cursor, self.tokens, self.loss = state.step, state.cursor, state.tokens, state.loss
+        self.skipped = state.skipped
         self._recent.extend(state.recent)
-        self._put(checkpoint.states(place for _, place in placements(self.stages)), state.step)
+        self._put(checkpoint.states(place for _, place in placements(self.stages)), state.step - state.skipped)
 
 
 def build_model(job: TrainJob, device: torch.device) -> list[MultimodalModel]:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from armillary.errors import RunError
+from armillary.errors import FaultError
 from armillary.training import cpu_runtime
 from armillary.training.layout import Layout
 
@@ -54,7 +54,7 @@ def join(rank: Rank, layout: Layout, timeout_seconds: float = 300.0) -> None:
                 timeout=COLLECTIVE_TIMEOUT,
             )
         except (dist.DistStoreError, dist.DistNetworkError, OSError) as error:
-            raise RunError(
+            raise FaultError(
                 f"rank {rank.rank} could not meet the other {rank.world_size - 1}: {str(error).splitlines()[0]}",
                 f"{rank.address}:{rank.port}",
                 "see the other ranks' logs; raise the timeout if the machines are slow to start",

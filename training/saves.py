@@ -1,5 +1,6 @@
 """When a run's state is saved, and what becomes of it. All ranks decide alike: by flags that every step shares."""
 
+import errno
 import math
 import sys
 import time
@@ -78,7 +79,7 @@ class Saves:
         heartbeat.enter("checkpoint")
         before = time.perf_counter()
         if flags.full and not last:
-            self._failed(step, f"there is no room for {self._size:,} bytes in {self._store.at()}")
+            self._failed(step, f"there is no room for {self._size:,} bytes in {self._store.at()}", full=True)
         elif flags.saving and self._config.when_busy == "skip" and not last:
             self._tell(
                 step, f"the one before it is still being written after {time.perf_counter() - self._began:.0f} s"
@@ -128,15 +129,15 @@ class Saves:
         error, self._began = self._saver.failure(), 0.0
         if error is not None:
             print(f"no checkpoint of step {self._step}: {error}", file=sys.stderr, flush=True)
-        self._failed(
-            self._step, "another rank's part could not be written: see its log" if error is None else str(error)
-        )
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = "another rank's part could not be written: see its log" if error is None else str(error)
+        self._failed(self._step, reason, full=self._sum(full) > 0)
 
-    def _failed(self, step: int, reason: str) -> None:
+    def _failed(self, step: int, reason: str, full: bool) -> None:
         self._failures += 1
         self._metrics.checkpoint_failures.inc()
         self._tell(step, reason)
-        verdict = failed_save(step, reason)
+        verdict = failed_save(step, reason, full)
         if self._first:
             self._metrics.verdict(verdict.kind)
             self._observer.verdict(verdict)

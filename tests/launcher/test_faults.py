@@ -260,11 +260,11 @@ def test_after_a_spike_a_run_goes_back_and_leaves_the_data_out(job_file, armilla
 
 def test_where_to_go_on_is_forgotten_with_an_explicit_step(tmp_path):
     run = Run(tmp_path)
-    run.leave_out(20, {"block": 1, "row": 5})
-    assert run.beyond(20) == Cursor(block=1, row=5)
-    assert run.beyond(10) == Cursor()
-    run.leave_out(10, {"block": 2, "row": 0})
-    assert run.beyond(20) == Cursor(block=1, row=5)
-    assert run.beyond(10) == Cursor(block=2, row=0)
+    run.leave_out(20, 27, {"block": 1, "row": 5})
+    assert run.beyond(20) == run.beyond(26) == Cursor(block=1, row=5)
+    assert run.beyond(10) == run.beyond(27) == Cursor(), "it has not come there, or has left it behind"
+    run.leave_out(10, 24, {"block": 2, "row": 0})
+    assert run.beyond(20) == run.beyond(10) == Cursor(block=2, row=0)
+    assert run.beyond(25) == Cursor(block=1, row=5)
     run.event("rewound", step=10)
     assert run.beyond(10) == run.beyond(20) == Cursor()

@@ -6,7 +6,17 @@ from hypothesis import strategies as st
 
 from armillary.launcher.job import resolve
 from armillary.launcher.placement import Failure, Node, is_fault
-from armillary.launcher.recovery import LONGEST_PAUSE, hung, largest, lost, pause, rewind_to
+from armillary.launcher.recovery import (
+    LONGEST_PAUSE,
+    Outcome,
+    hung,
+    largest,
+    lost,
+    outcome,
+    pause,
+    rewind_to,
+    still_there,
+)
 from tests.conftest import MODEL, SOURCES
 
 
@@ -23,7 +33,12 @@ def test_pauses_grow_and_end(in_vain, most):
 def test_faults_are_of_machines_and_not_of_programs():
     assert is_fault(Failure(0, "died", "its process ended"))
     assert is_fault(Failure(0, "RuntimeError", "[gloo] Connection closed by peer"))
+    assert is_fault(Failure(0, "FaultError", "rank 1 could not meet the other 3: address in use"))
+    assert is_fault(Failure(0, "RuntimeError", "CUDA error: uncorrectable ECC error encountered"))
+    assert not is_fault(Failure(0, "OutOfMemoryError", "CUDA out of memory"))
     assert not is_fault(Failure(0, "IndexError", "list index out of range"))
+    assert not is_fault(Failure(0, "DataError", "the storage refused the connection"))
+    assert not is_fault(Failure(0, "RunError", "three checkpoints could not be saved: connection timed out"))
 
 
 def nothing_fits(job):
@@ -112,45 +127,62 @@ def test_more_room_never_gives_fewer_ranks(rooms, data, tensor):
 
 
 def test_each_rewind_in_vain_goes_one_checkpoint_further_back():
-    assert [rewind_to([10, 30, 20], again) for again in range(4)] == [30, 20, 10, 0]
-    assert rewind_to([], 0) == 0
+    steps = [10, 30, 20, 50, 40]
+    assert rewind_to(steps, 50, None) == 50, "the first, whatever faults there were"
+    assert rewind_to(steps, 50, 50) == 40
+    assert rewind_to(steps, 40, 40) == 30
+    assert rewind_to(steps, 10, 10) == 10, "there is none before it: again, without more of the data"
+    assert rewind_to([*steps, 60], 60, 30) == 60, "a new checkpoint is a new beginning"
+    assert rewind_to([], 0, None) == rewind_to([], 0, 0) == 0
 
 
-def test_a_lost_process_and_a_lost_node_are_told_apart_with_the_phase_that_peers_saw():
-    died = Failure(2, "died", "its process ended")
-    peer = Failure(0, "RuntimeError", "Connection closed by peer", "reduce", 41)
-    verdict = lost(died, "abc", True, [peer])
-    assert (verdict.kind, verdict.rank, verdict.node, verdict.phase, verdict.step) == (
-        "lost process",
-        2,
-        "abc",
-        "reduce",
-        41,
-    )
-    assert "rank-2" not in verdict.remedy
+def test_how_a_launch_ended():
+    assert outcome(9, 9, True, True, True) == Outcome(9, False), "it was done"
+    assert outcome(5, 9, False, True, False) == Outcome(5, True)
+    assert outcome(5, 9, False, True, True) == Outcome(5, True, preempted=True)
+    assert outcome(5, 9, True, False, False) == Outcome(5, False, growing=True)
+    assert outcome(5, 9, True, True, False) == Outcome(5, True), "Ctrl-C while it grew"
+    assert outcome(5, 9, True, False, True) == Outcome(5, True, preempted=True), "a rank was preempted while it grew"
+
+
+def test_ranks_of_every_launch_before_are_ended_where_none_came_after_them():
+    first = [{"node": "a", "pid": 1}, {"node": "b", "pid": 2}]
+    second = [{"node": "a", "pid": 3}]
+    assert still_there([], first) == first
+    assert still_there(first, second) == [*second, first[1]]
+    assert still_there(first, []) == first, "a launch that came to nothing"
+
+
+DIED = Failure(2, "died", "its process ended")
+PEER = Failure(0, "RuntimeError", "Connection closed by peer", "reduce", 41)
+NODES = ["a", "a", "b"]
+
+
+def test_what_was_lost_is_told_apart_with_the_phase_that_peers_saw():
+    verdict = lost([DIED, PEER], NODES, {"a", "b"})
+    assert (verdict.kind, verdict.rank, verdict.node) == ("lost process", 2, "b")
+    assert (verdict.phase, verdict.step) == ("reduce", 41)
+    assert verdict.what == "rank 2 of 3 died"
     assert "memory" in verdict.remedy
-    verdict = lost(died, "abc", False, [died])
-    assert verdict.kind == "lost node"
-    assert verdict.phase is None
+    verdict = lost([DIED], NODES, {"a"})
+    assert (verdict.kind, verdict.rank, verdict.node, verdict.phase) == ("lost node", 2, "b", None)
+    verdict = lost([PEER], NODES, {"a"})
+    assert (verdict.kind, verdict.rank, verdict.phase) == ("lost node", 2, "reduce"), "which only its peers noticed"
+    verdict = lost([PEER], NODES, {"a", "b"})
+    assert (verdict.kind, verdict.rank, verdict.node) == ("lost contact", 0, "a")
 
 
 def test_a_hung_rank_is_named_with_what_the_others_wait_in():
-    report = {
-        "step": 7,
-        "phase": "reduce",
-        "beats": 1,
-        "silent": 9.0,
-        "collective": "all_reduce",
-        "line": "x.py:1 f: g()",
-    }
+    report = {"step": 7, "phase": "reduce", "silent": 9.0, "waits": "all_reduce", "line": "x.py:1 f: g()"}
     verdict = hung([1], [report, None], ["a", "b"], 5.0)
     assert (verdict.rank, verdict.node, verdict.phase, verdict.step) == (1, "b", "reduce", 7)
     assert "rank 1 does not answer" in verdict.what
     assert "all_reduce" in verdict.what
-    alone = report | {"collective": "", "phase": "data", "line": "delivery.py:82 __next__: next(parcels)"}
+    alone = report | {"waits": "", "phase": "data", "line": "delivery.py:82 __next__: next(parcels)"}
     verdict = hung([0], [alone, report], ["a", "b"], 5.0)
     assert (verdict.rank, verdict.phase) == (0, "data")
     assert "delivery.py:82" in verdict.what
     verdict = hung([], [report, report], ["a", "b"], 5.0)
     assert verdict.rank is None
-    assert "all wait in all_reduce" in verdict.what
+    assert "all are in all_reduce" in verdict.what
+    assert "does not answer" in hung([0, 1], [None, None], ["a", "b"], 5.0).what

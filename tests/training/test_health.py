@@ -21,15 +21,8 @@ from armillary.training.health import (
 )
 
 
-def report(silent=10.0, collective="all_reduce", step=5, phase="reduce"):
-    return {
-        "step": step,
-        "phase": phase,
-        "beats": 1,
-        "silent": silent,
-        "collective": collective,
-        "line": "a.py:1 f: g()",
-    }
+def report(silent=10.0, waits="all_reduce", step=5, phase="reduce"):
+    return {"step": step, "phase": phase, "silent": silent, "waits": waits, "line": "a.py:1 f: g()"}
 
 
 def test_a_run_is_stuck_only_when_no_rank_moves():
@@ -40,10 +33,12 @@ def test_a_run_is_stuck_only_when_no_rank_moves():
 
 
 def test_the_stuck_rank_is_the_one_that_waits_for_nobody_or_is_behind():
-    assert stuck([report(), report(collective="", phase="data"), report()], 5.0) == [1]
+    assert stuck([report(), report(waits="", phase="data"), report()], 5.0) == [1]
     assert stuck([report(step=6, phase="data"), report(step=5, phase="reduce")], 5.0) == [1]
     assert stuck([report(phase="reduce"), report(phase="compute")], 5.0) == [1]
     assert stuck([report(), report()], 5.0) == [], "each waits for the other: the network"
+    assert stuck([report(waits=""), report(waits="", step=4), report()], 5.0) == [1], "of two that wait for nobody"
+    assert stuck([report(waits="")] * 2, 5.0) == [], "both are in something that they share"
 
 
 def test_a_heartbeat_tells_where_its_thread_is_from_another_thread():
@@ -63,7 +58,7 @@ def test_a_heartbeat_tells_where_its_thread_is_from_another_thread():
     thread.join()
     assert found["phase"] == "data"
     assert found["silent"] >= 0.05
-    assert found["collective"] == ""
+    assert found["waits"] == ""
     assert "wait" in found["line"]
 
 

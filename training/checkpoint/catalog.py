@@ -1,5 +1,6 @@
 """The checkpoints of a store: which there are, whether one is whole, how two differ, which are to be kept."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ def kept(found: Iterable[Entry], last: int, every: int, best: int) -> set[str]:
         return {one.name for one in found}
     chosen = [one for one in found if one.state is None] + whole[-last:]
     chosen += [one for one in whole if every and one.state.step % every == 0]
-    chosen += sorted(whole, key=lambda one: one.state.loss)[:best]
+    chosen += sorted(whole, key=lambda one: math.inf if one.state.loss is None else one.state.loss)[:best]
     return {one.name for one in chosen}
 
 

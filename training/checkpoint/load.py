@@ -11,6 +11,7 @@ from armillary.errors import CheckpointError
 from armillary.model.coordinates import Placement
 from armillary.storage import Storage
 from armillary.training.checkpoint.manifest import MOMENTS, OTHER, Chunk, Manifest, read_manifest
+from armillary.training.health import heartbeat
 
 READERS = 4  # tensors at once
 MOST_SHOWN = 5  # weights in one message
@@ -116,6 +117,7 @@ class Reader:
             reason = error.strerror or "there is none"
             where = self._files.at(chunk.file)
             raise CheckpointError(f"a checkpoint's file cannot be read: {reason}", where, OTHER) from None
+        heartbeat.beat()
         found = xxhash.xxh3_64_hexdigest(raw)
         if found != chunk.xxh3:
             where = self._files.at(chunk.file)

@@ -47,11 +47,12 @@ class State(Table):
     cursor: Cursor
     data_order: int  # see data_pipeline.mixture.ORDER
     tokens: int
-    loss: float
+    loss: float | None  # of the last good step
     run: str
     job_hash: str
     job: dict
     saved_at: float
+    skipped: int = 0  # of the steps, those whose update was left out
     recent: tuple[tuple[float, float], ...] = ()  # loss and gradient norm of the last good steps, to know a spike by
 
 

@@ -10,6 +10,7 @@ from armillary.model.coordinates import Block
 from armillary.storage import Storage
 from armillary.training.checkpoint.manifest import CHUNKS, Chunk, State, fragment_name, part_name
 from armillary.training.checkpoint.snapshot import Snapshot, sealed
+from armillary.training.health import heartbeat
 
 WRITERS = 4  # files at once
 LOOK_SECONDS = 0.2  # between looks for what the other ranks have written
@@ -121,4 +122,5 @@ class Saver:
 
 def _write(folder: Storage, file: str, content: memoryview, chunks: list[dict]) -> list[Chunk]:
     folder.put(file, content)
+    heartbeat.beat()
     return sealed(content, chunks)

@@ -140,7 +140,7 @@ class MegatronEngine:
                 yield from ((part, block) for block in blocks(place, flat, begin))
 
     @torch.no_grad()
-    def load_state(self, states: dict[str, dict[str, torch.Tensor]], step: int) -> None:
+    def load_state(self, states: dict[str, dict[str, torch.Tensor]], updates: int) -> None:
         """See Engine."""
         places = dict(placements(self._stages))
         for bucket in self._buckets:
@@ -152,7 +152,7 @@ class MegatronEngine:
                 piece.master.copy_(saved["weight"].reshape(-1)[own])
                 self._optimizer.state[piece.master] = {
                     moment: saved[moment].reshape(-1)[own].clone() for moment in MOMENTS
-                } | {"step": torch.tensor(float(step))}
+                } | {"step": torch.tensor(float(updates))}
         self._publish()
 
     def _publish(self) -> None:

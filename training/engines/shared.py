@@ -38,8 +38,8 @@ class Engine(Protocol):
         give tiles every weight. Collective over data-parallel ranks: all must go through it together.
         """
 
-    def load_state(self, states: dict[str, dict[str, torch.Tensor]], step: int) -> None:
-        """Put in place a state: {name: {part: tensor}}, in this layout's local shapes; `step` steps are done."""
+    def load_state(self, states: dict[str, dict[str, torch.Tensor]], updates: int) -> None:
+        """Put in place a state: {name: {part: tensor}}, in this layout's local shapes, after so many updates."""
 
 
 def decayed(parameter: torch.nn.Parameter) -> bool:

@@ -198,7 +198,7 @@ class ZeroEngine:
                     yield from ((part, block) for block in blocks(place, tensor.reshape(-1)))
 
     @torch.no_grad()
-    def load_state(self, states: dict[str, dict[str, torch.Tensor]], step: int) -> None:
+    def load_state(self, states: dict[str, dict[str, torch.Tensor]], updates: int) -> None:
         """See Engine."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
@@ -206,7 +206,7 @@ class ZeroEngine:
         masters = zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups
         for master in masters:
             zeros = {moment: torch.zeros_like(master) for moment in MOMENTS}
-            zero.optimizer.state[master] = zeros | {"step": torch.tensor(float(step))}
+            zero.optimizer.state[master] = zeros | {"step": torch.tensor(float(updates))}
         self._link_optimizer_state()
         for parameter, place in placements(self._stages):
             state = states[place.name]
