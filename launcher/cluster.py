@@ -88,7 +88,7 @@ def nodes(gpus: bool, cpus_per_rank: int) -> list[Node]:
     if not alive:
         return []
     with ThreadPoolExecutor(min(64, len(alive))) as pool:
-        answers = list(pool.map(_answers, alive))
+        answers = list(pool.map(lambda node: reaches(node["NodeManagerAddress"], node["NodeManagerPort"]), alive))
     return [
         Node(node["NodeID"], int(node["Resources"].get("GPU" if gpus else "CPU", 0) // (1 if gpus else cpus_per_rank)))
         for node, answer in zip(alive, answers, strict=True)
@@ -96,9 +96,10 @@ def nodes(gpus: bool, cpus_per_rank: int) -> list[Node]:
     ]
 
 
-def _answers(node: dict) -> bool:
+def reaches(host: str, port: int) -> bool:
+    """Whether something answers there within ANSWER_SECONDS."""
     try:
-        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), ANSWER_SECONDS).close()
+        socket.create_connection((host, port), ANSWER_SECONDS).close()
     except OSError:
         return False
     return True

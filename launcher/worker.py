@@ -17,12 +17,15 @@ import ray
 
 from armillary.data_pipeline.cursor import Cursor
 from armillary.errors import ArmillaryError, CheckpointError, RunError
+from armillary.launcher.cluster import reaches
 from armillary.launcher.placement import Failure
 from armillary.training.checkpoint.manifest import State
 from armillary.training.health import Verdict, heartbeat
 
 COMMIT_TIMEOUT = 600.0
 FENCE_SECONDS = 0.5  # between two looks at the parent
+HEAD_EVERY = 10  # of these looks, one for the head of the cluster
+CUT_OFF_LOOKS = 4
 FENCE_TIMEOUT = 30.0
 NEWS_SECONDS = 1.0  # that figures of steps may wait: each answer to the driver takes time from the training
 
@@ -47,7 +50,8 @@ class Worker:
         self._heard = 0  # messages that the driver has taken in, and that are forgotten here
         self._news = threading.Condition()
         self._urgent = self._over = False  # whether the driver shall hear now, and whether there is nothing to wait for
-        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+        host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+        threading.Thread(target=_fence, args=(os.getppid(), (host, int(port))), daemon=True).start()
         on_sigterm(self._preempt)
 
     def warm(self) -> None:
@@ -199,11 +203,16 @@ def on_sigterm(act: Callable[[], None]) -> None:
     threading.Thread(target=listen, daemon=True).start()
 
 
-def _end_with(parent: int) -> None:
-    """End this process at once when the node's agent, which is its parent, does: the run goes on without it, and its
-    successor is on another node."""
-    while os.getppid() == parent:
+def _fence(parent: int, head: tuple[str, int]) -> None:
+    """End this process at once when the node's agent, which is its parent, ends, or when the cluster's head was out of
+    reach CUT_OFF_LOOKS times in a row: by then the run goes on without it. (An agent that is cut off takes minutes.)
+    """
+    missed, looks = 0, 0
+    while os.getppid() == parent and missed < CUT_OFF_LOOKS:
         time.sleep(FENCE_SECONDS)
+        looks += 1
+        if looks % HEAD_EVERY == 0:
+            missed = 0 if reaches(*head) else missed + 1
     os._exit(1)
 
 
