@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 
+from armillary.training.checkpoint.manifest import part_name, read_manifest
 from tests.chaos.nodes import Victim, each_step_once
 from tests.cluster import Cluster
 
@@ -72,6 +73,8 @@ def cut(folder: Path) -> dict[str, float]:
             victim.process.terminate()
             assert victim.end() == 75
             assert each_step_once(run)
+            begins = part_name(victim.launches() - 1, 0).partition("r")[0]
+            assert all(chunk.file.startswith(begins) for chunk in read_manifest(run.latest()).chunks)
         finally:
             victim.process.kill()
     return found
