@@ -1,5 +1,6 @@
 """`armillary data ...` as a user types it."""
 
+import functools
 import json
 import signal
 import subprocess
@@ -133,7 +134,10 @@ def test_ctrl_c_says_how_to_go_on(job, tmp_path):
     with open(tmp_path / "texts" / "9.jsonl", "w") as file:
         file.writelines(json.dumps({"text": f"{number:x} and {number * number:x}"}) + "\n" for number in range(500_000))
     command = [ARMILLARY, "data", "build", job, "--workers", "1"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heeding = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs do not
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heeding
+    )
     assert "training a tokenizer" in process.stderr.readline()
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=60)
