@@ -77,6 +77,7 @@ class DeviceStep:
     A micro-batch is sent to the device when it is asked for, which is collective over the ranks that share its rows.
     """
 
+    samples: tuple[int, ...]  # pieces of each source; () but on one of the ranks that share rows
     weight: float  # of all its labels in the loss
     pairs: float  # of positions that see each other
     images: float
@@ -133,7 +134,8 @@ class Delivery:
         bodies = [None] * len(shapes) if parcel is None else parcel.bodies
         batches = (self._delivered(*pair) for pair in zip(shapes, bodies, strict=True))
         after = Cursor(block=int(block), row=int(row))
-        return DeviceStep(weight, pairs, images, positions, len(shapes), batches, after)
+        samples = () if parcel is None else parcel.samples
+        return DeviceStep(samples, weight, pairs, images, positions, len(shapes), batches, after)
 
     def close(self) -> None:
         """End the threads."""
@@ -161,7 +163,14 @@ class Delivery:
                 place[at : at + array.nbytes] = array.reshape(-1).view(np.uint8)
                 at += size
             bodies.append(body)
-        return _Parcel(torch.tensor(header, dtype=torch.float64), bodies)
+        return _Parcel(torch.tensor(header, dtype=torch.float64), bodies, self._samples(step))
+
+    def _samples(self, step: Step) -> tuple[int, ...]:
+        """See DeviceStep; later pipeline stages read the same rows."""
+        if not parallel_state.is_pipeline_first_stage():
+            return ()
+        sources = np.concatenate([batch.piece_sources for batch in step.micro_batches])
+        return tuple(np.bincount(sources[sources >= 0], minlength=len(self._job.data.sources)).tolist())
 
     def _shapes(self, token_bytes: int, counts: list[int]) -> list[tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of each field."""
@@ -206,6 +215,7 @@ class _Parcel:
 
     header: torch.Tensor  # float64, which holds whole numbers up to 2^53
     bodies: list[torch.Tensor]  # uint8
+    samples: tuple[int, ...]
 
 
 def causal_pairs(cu_seqlens: np.ndarray) -> float:

@@ -13,6 +13,8 @@ from armillary.data_pipeline.cursor import Cursor
 
 PHASES = ("start", "data", "compute", "reduce", "checkpoint", "end")
 
+KINDS = ("lost process", "lost node", "lost contact", "hung rank", "straggler", "full storage", "failed save",
+         "non-finite", "spike")  # fmt: skip
 WAITING = (".wait(", ".item()", ".tolist()", "synchronize(")  # calls in which a rank stands until others have come
 
 PROBES = 8  # in a row that are looked at together
@@ -29,8 +31,7 @@ MOST_SKIPPED = 8  # steps in a row
 class Verdict:
     """What went wrong, where, and what to do about it; a number or name that nobody knows is left out.
 
-    kind: "lost process", "lost node", "lost contact", "hung rank", "straggler", "full storage", "failed save",
-    "non-finite" or "spike".
+    kind: one of KINDS.
     action: what was done about a bad step; cursor: the data after it.
     """
 

@@ -4,7 +4,7 @@ import collections
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -41,7 +41,7 @@ class Assignment:
 
     store: folder or URL of the run's checkpoints; resume: that of a committed one, or None for a new run; beyond: data
     up to there is left out, though no step had it; until: the step to stop after; peak_flops: dense FLOP/s of this
-    rank's device in the job's precision, 0 if unknown; verdicts: how many of each kind the run has had.
+    rank's device in the job's precision, 0 if unknown.
     """
 
     run: str
@@ -54,7 +54,6 @@ class Assignment:
     generation: int = 0
     peak_flops: float = 0.0
     beyond: Cursor = START
-    verdicts: dict[str, int] = field(default_factory=dict)
 
 
 class Trainer:
@@ -69,6 +68,7 @@ class Trainer:
                 compile_operations(stage)
         self.engine = build_engine(self.stages, job)
         self.step, self.cursor, self.tokens, self.loss = 0, Cursor(), 0, None
+        self.samples: tuple[int, ...] = ()  # of the last step, see DeviceStep
         self.skipped = 0  # steps whose update was left out
         self._recent: collections.deque[tuple[float, float]] = collections.deque(maxlen=RECENT)  # loss, gradient norm
         if assignment.resume is not None:
@@ -93,7 +93,7 @@ class Trainer:
             lambda loss, grad_norm: not self._bad(loss, grad_norm),
         )  # fmt: skip
         bad = "" if result.accepted else self._bad(result.loss, result.grad_norm)
-        self.step, self.cursor = self.step + 1, step.after
+        self.step, self.cursor, self.samples = self.step + 1, step.after, step.samples
         heartbeat.step = self.step
         if bad:
             self.skipped += 1
@@ -114,6 +114,7 @@ class Trainer:
             "seconds": time.perf_counter() - started,
             "data_wait_seconds": waited,
             "compute_seconds": result.compute_seconds,
+            "collective_wait_seconds": result.collective_wait_seconds,
             "reduce_seconds": result.reduce_seconds,
             "bad": bad,
         }
@@ -199,12 +200,10 @@ def run(assignment: Assignment, observer: Observer, serving: Callable[[str], Non
     the end, and when the observer asks to stop.
     """
     heartbeat.enter("start")
-    metrics = Metrics(assignment.run, assignment.rank.rank)
+    rank = assignment.rank
+    metrics = Metrics(assignment.run, rank.rank, assignment.job.parallel, assignment.generation, rank.device)
     serving(metrics.serve(assignment.job.metrics))
     try:
-        metrics.restarts.inc(assignment.generation)
-        for kind, count in assignment.verdicts.items() if assignment.rank.rank == 0 else ():
-            metrics.verdict(kind, count)
         with contextlib.closing(Trainer(assignment)) as trainer:
             _train(trainer, observer, metrics)
             return trainer.step
@@ -220,6 +219,8 @@ def _train(trainer: Trainer, observer: Observer, metrics: Metrics) -> None:
     while trainer.step < until:
         record, flags = trainer.train_step(saves.flags(observer.stop_requested()), saves.before_update)
         _count(metrics, record, job.tokens_per_step, job.parallel.world_size, trainer.assignment.peak_flops)
+        for source, count in zip(job.data.sources, trainer.samples, strict=False):
+            metrics.samples(source.name, count)
         metrics.checkpoint_interval.set((time.time() - started) / (trainer.step - start) * job.checkpoint.every)
         if trainer.first and not record["bad"]:
             observer.step_done(record)
@@ -243,4 +244,8 @@ def _count(metrics: Metrics, record: dict, tokens: int, ranks: int, peak_flops: 
     metrics.learning_rate.set(record["learning_rate"])
     metrics.data_wait_seconds.inc(record["data_wait_seconds"])
     metrics.compute_seconds.inc(record["compute_seconds"])
+    metrics.collective_wait_seconds.inc(record["collective_wait_seconds"])
     metrics.reduce_seconds.inc(record["reduce_seconds"])
+    metrics.step_duration.observe(record["seconds"])
+    metrics.data_block.set(record["cursor"]["block"])
+    metrics.data_row.set(record["cursor"]["row"])

@@ -97,7 +97,6 @@ class Saves:
         trainer = self._trainer
         self._began, self._step = time.perf_counter(), trainer.step
         self._saver.save(folder_name(trainer.step), trainer.engine.state(), trainer.engine.live, trainer.state())
-        self._metrics.checkpoint_bytes.set(self._saver.bytes)
 
     def before_update(self) -> None:
         """What is being saved must not change before it is copied."""
@@ -119,8 +118,8 @@ class Saves:
             self._end()
 
     def _end(self) -> None:
-        self._metrics.checkpoint_write_seconds.inc(time.perf_counter() - self._began)
-        self._metrics.checkpoint_time.set(time.time())
+        self._metrics.checkpoint_duration.observe(time.perf_counter() - self._began)
+        self._metrics.checkpoint_bytes.inc(self._saver.bytes)
         self._began, self._failures = 0.0, 0
 
     def _end_failed(self) -> None:
@@ -139,7 +138,6 @@ class Saves:
         self._tell(step, reason)
         verdict = failed_save(step, reason, full)
         if self._first:
-            self._metrics.verdict(verdict.kind)
             self._observer.verdict(verdict)
         if self._failures == MOST_FAILURES:
             what = f"{MOST_FAILURES} checkpoints in a row could not be saved: {reason}"

@@ -40,7 +40,7 @@ class StepResult:
 
     source_losses: the same over each source's tokens alone, None where the batch has none of it.
     accepted: whether the weights were updated. work: what went through the model, on all ranks.
-    flags: raised by any rank. Seconds are this rank's own.
+    flags: raised by any rank. Seconds are this rank's own; from its last pass's end to the last rank's it waits.
     """
 
     loss: float
@@ -50,6 +50,7 @@ class StepResult:
     work: Work
     flags: Flags
     compute_seconds: float
+    collective_wait_seconds: float
     reduce_seconds: float
 
 
@@ -96,6 +97,8 @@ def train_step(
             total, report = forward(step.micro_batches, engine.model)
             engine.backward(total, last=number == step.count - 1)
             sums.append(report(total)[2])
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # which the figures below need anyway: now it is known who waits for whom
     computed = time.perf_counter()
     heartbeat.enter("reduce")
     first_tensor = parallel_state.get_tensor_model_parallel_rank() == 0
@@ -108,6 +111,7 @@ def train_step(
     agreed = torch.tensor([*sums_2S, *work, *flags], dtype=torch.float64, device=device)
     dist.all_reduce(agreed)
     figures = agreed.tolist()
+    met = time.perf_counter()
     losses, weights, rest = figures[:sources], figures[sources : 2 * sources], figures[2 * sources :]
     loss = sum(losses) / (sum(weights) or 1.0)
     before_update()
@@ -120,7 +124,8 @@ def train_step(
         Work(*rest[:3]),
         Flags(*(raised > 0 for raised in rest[3:])),
         computed - started,
-        time.perf_counter() - computed,
+        met - computed,
+        time.perf_counter() - met,
     )
 
 

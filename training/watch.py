@@ -39,7 +39,6 @@ class Watch:
 
     def _bad(self, record: dict) -> None:
         trainer, kind = self._trainer, record["bad"]
-        (self._metrics.nonfinite_steps if kind == "non-finite" else self._metrics.spike_steps).inc()
         self._skipped += 1
         action = trainer.job.training.bad_step
         if action == "skip" and self._skipped > MOST_SKIPPED:
@@ -49,7 +48,6 @@ class Watch:
         if action != "skip":
             raise LossError(verdict.what, f"data up to row {trainer.cursor.row} of block {trainer.cursor.block}",
                             verdict.remedy)  # fmt: skip
-        self._metrics.skipped_steps.inc()
 
     def _compare(self, step: int) -> None:
         seconds = probe(self._trainer.rank.device)
@@ -64,7 +62,6 @@ class Watch:
 
     def _tell(self, verdict: Verdict) -> None:
         if self._trainer.first:
-            self._metrics.verdict(verdict.kind)
             self._observer.verdict(verdict)
 
 
