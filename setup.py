@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 HERE = Path(__file__).parent
-TOP = ("launcher", "model", "kernels", "data_pipeline", "training", "planner", "evals")
+TOP = ("launcher", "model", "kernels", "data_pipeline", "training", "planner", "evals", "k8s")
 
 folders = {"armillary": "armillary"}
 for top in TOP:
