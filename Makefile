@@ -5,11 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help install demo test test-runs test-interpreted lint long bench bench-data bench-layouts bench-planner bench-checkpoint chaos gpu clean
+.PHONY: help install demo test test-runs test-interpreted test-monitoring tools lint long bench bench-data bench-layouts bench-planner bench-checkpoint chaos gpu clean
 
 help:
 	@echo "make demo      train a small image+text model, stop, resume on another layout, evaluate (ARGS=--json)"
 	@echo "make test      the linter and every test, about twelve minutes on two cores"
+	@echo "make test-monitoring  alerts under promtool, a live run under Prometheus and Alertmanager, about three minutes"
 	@echo "make long      the longer easy-vqa run, about 40 minutes on two cores"
 	@echo "make bench     a rank beside plain PyTorch, the launcher beside torchrun, about fifteen minutes"
 	@echo "make bench-data  the data pipeline beside its peers, about twenty-five minutes"
@@ -39,11 +40,23 @@ test: $(READY) lint
 	@PYTHONUNBUFFERED=1 $(MAKE) --no-print-directory --jobs=2 --output-sync=line test-runs test-interpreted
 
 test-runs: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --ignore tests/monitoring $(ARGS)
 
 # Triton decides when it is imported whether kernels are interpreted: these tests have a process of their own.
 test-interpreted: $(READY)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/interpreted tests/model/test_multimodal.py -k "interpreted or equals"
+
+test-monitoring: $(READY) tools
+	$(BIN)/python -m pytest tests/monitoring $(ARGS)
+
+# Prometheus' own programs, from Debian's packages, without installing them.
+TOOLS := .tools
+tools: $(TOOLS)/.ready
+$(TOOLS)/.ready:
+	mkdir -p $(TOOLS)
+	cd $(TOOLS) && apt-get download prometheus prometheus-alertmanager
+	cd $(TOOLS) && for package in *.deb; do dpkg-deb --extract $$package . && rm $$package; done
+	@touch $@
 
 long: $(READY)
 	$(BIN)/armillary train examples/easy_vqa_long.toml $(ARGS)

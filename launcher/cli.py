@@ -12,11 +12,13 @@ from rich.table import Table
 
 from armillary import __version__
 from armillary.errors import ArmillaryError, JobError, PreemptedError
+from armillary.launcher import run_commands
 from armillary.launcher.arguments import Address, AsJson, Force, JobFile, Overrides, RunPath, StopAt, counted
 from armillary.launcher.checkpoint_commands import app as checkpoint_app
 from armillary.launcher.data_commands import app as data_app
 from armillary.launcher.kernel_commands import app as kernels_app
 from armillary.launcher.plan_commands import plan
+from armillary.launcher.run_commands import Context, Namespace
 
 app = typer.Typer(
     help="Train large image+text transformers from one job file.",
@@ -32,6 +34,11 @@ app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(eval_app, name="eval")
 app.add_typer(kernels_app, name="kernels")
 app.command()(plan)
+for command in (run_commands.submit, run_commands.render, run_commands.status, run_commands.logs):
+    app.command()(command)
+app.command("list")(run_commands.list_)
+for command in (run_commands.suspend, run_commands.cancel):
+    app.command()(command)
 
 
 @app.command()
@@ -64,9 +71,19 @@ def resume(
     allow: Annotated[list[str], typer.Option(help="a key of job.toml that was changed by hand; repeatable")] = (),
     address: Address = "",
     force: Force = False,
+    context: Context = "",
+    namespace: Namespace = "",
+    detach: Annotated[bool, typer.Option("--detach", help="do not follow a run in a cluster")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Go on with a run from its latest checkpoint, on any layout: parallel.tensor=1 parallel.pipeline=2."""
+    """Go on with a run from its latest checkpoint, on any layout: parallel.tensor=1 parallel.pipeline=2. A run in a
+    cluster goes on as it was submitted."""
+    if not run_commands.is_here(str(run), context, namespace):
+        if overrides or stop_at or from_step is not None or allow or address or force:
+            raise JobError("a run in a cluster goes on as it was submitted", str(run),
+                           f"with other keys: `armillary submit JOB.toml --run {run} TABLE.KEY=VALUE`")  # fmt: skip
+        run_commands.resume_in_cluster(str(run), context, namespace, detach)
+        return
     from armillary.launcher.train import resume as go_on
 
     _finish(go_on(run, _with_address(overrides, address), stop_at, _console(), force, from_step, allow), as_json)

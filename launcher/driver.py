@@ -25,9 +25,12 @@ from armillary.training.checkpoint.catalog import listed
 from armillary.training.checkpoint.commit import sweep
 
 
-def drive(run: Run, job: Job, until: int, resume: Storage | None, view: View) -> Outcome:
+def drive(
+    run: Run, job: Job, until: int, resume: Storage | None, view: View, metrics: str, fewer: bool = False
+) -> Outcome:
     """Train from `resume` (None: from the start) to step `until` on Ray; what a machine's fault ends goes on from the
-    latest checkpoint, with new processes and as many ranks as there is room for.
+    latest checkpoint, with new processes and as many ranks as there is room for. metrics: where the run's are
+    served; fewer: whether the first launch too may do with fewer ranks.
 
     Raises the ArmillaryError of the rank that failed first, with its log named. All processes are gone when it
     returns.
@@ -39,7 +42,7 @@ def drive(run: Run, job: Job, until: int, resume: Storage | None, view: View) ->
             stop.listen()  # again: ray.init puts its own handler on SIGTERM
             machines = Machines(job, gpus)
             try:
-                return Driver(run, job, until, machines, view, stop).drive(resume)
+                return Driver(run, job, until, machines, view, stop, metrics).drive(resume, fewer)
             except RunError as error:
                 if stop.terminated_at is None:
                     raise
@@ -51,17 +54,18 @@ def drive(run: Run, job: Job, until: int, resume: Storage | None, view: View) ->
 class Driver:
     """One run's, from the first launch to the last."""
 
-    def __init__(self, run: Run, job: Job, until: int, machines: Machines, view: View, stop: Stop):
-        self._run, self._job, self._until = run, job, until
+    def __init__(self, run: Run, job: Job, until: int, machines: Machines, view: View, stop: Stop, metrics: str):
+        self._run, self._job, self._until, self._metrics = run, job, until, metrics
         self._machines, self._view, self._stop = machines, view, stop
         self._before: list[dict] = []  # places of the ranks of earlier launches, where none has come since
         self._launches, self._in_vain = 0, 0  # in_vain: launches in a row that a fault ended without a new checkpoint
         self._back_to: int | None = None  # the step that the last rewind went back to
         self._rewinds = 0  # in a row without a new checkpoint
 
-    def drive(self, resume: Storage | None) -> Outcome:
+    def drive(self, resume: Storage | None, fewer: bool) -> Outcome:
         """See `drive`."""
-        plan = self._placed(Plan(self._job, [], resume, self._until), self._job.parallel.world_size)
+        least = self._job.cluster.min_ranks if fewer else self._job.parallel.world_size
+        plan = self._placed(Plan(self._job, [], resume, self._until), least)
         while True:
             done, error = plan.done, None  # the checkpoint may be pruned meanwhile
             try:
@@ -126,7 +130,9 @@ class Driver:
             if time.monotonic() >= deadline:
                 raise no_room(nodes, least, self._job.parallel.tensor)
             if not said:
-                self._view.say(f"{no_room(nodes, least, self._job.parallel.tensor).what}: waiting for more machines")
+                reason = no_room(nodes, least, self._job.parallel.tensor).what
+                self._run.event("waiting", reason=reason)
+                self._view.say(f"{reason}: waiting for more machines")
                 said = True
             sleep(LOOK_SECONDS, self._stop)
 
@@ -140,7 +146,10 @@ class Driver:
             launch(ranks, plan, self._machines, run, self._before, folder, self._stop)
             fewer = f" of {self._job.parallel.world_size}" if plan.job != self._job else ""
             self._view.launched(f"{counted(layout.world_size, 'rank')}{fewer} started, logs in {folder / 'logs'}")
-            ended = Watcher(run, self._job, plan, ranks, self._machines, self._view, self._stop, folder).watch()
+            watcher = Watcher(
+                run, self._job, plan, ranks, self._machines, self._view, self._stop, folder, self._metrics
+            )
+            ended = watcher.watch()
         except ArmillaryError as error:
             run.event("failed", generation=number, error=str(error))
             raise

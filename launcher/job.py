@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from armillary.data_pipeline.mixture import BLOCK_ROWS
 from armillary.errors import JobError
+from armillary.k8s.config import KubernetesConfig
 from armillary.storage import is_url
 from armillary.table import Table
 from armillary.training.config import TrainJob
@@ -49,6 +50,7 @@ class Job(TrainJob):
         "run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run's directory and metrics"
     )
     cluster: ClusterConfig = ClusterConfig()
+    kubernetes: KubernetesConfig = KubernetesConfig()
 
     def hash(self) -> str:
         """Names the resolved job: 16 hex digits of the SHA-256 of its canonical JSON."""
@@ -117,14 +119,19 @@ def load_job(path: Path, overrides: list[str] = ()) -> Job:
 
 def read_toml(path: Path) -> dict:
     try:
-        with open(path, "rb") as file:
-            return tomllib.load(file)
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise JobError("there is no such job file", path, "check the path; examples/ has some") from None
     except (OSError, UnicodeDecodeError) as error:
         raise JobError(f"the job file cannot be read: {error}", path, "check the path and its permissions") from None
+    return parse_toml(text, str(path))
+
+
+def parse_toml(text: str, where: str) -> dict:
+    try:
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise JobError(f"the job file is not valid TOML: {error}", path, "correct that line") from None
+        raise JobError(f"the job file is not valid TOML: {error}", where, "correct that line") from None
 
 
 def apply_overrides(job: dict, overrides: list[str] = ()) -> dict:

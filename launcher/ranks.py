@@ -70,7 +70,7 @@ def launch(
         raise FaultError(
             f"a rank's process did not start: {first_line(error)}", folder / "logs", "see the logs there"
         ) from None
-    train_job, done, verdicts = job.train_job().model_dump(mode="json"), plan.done, run.verdicts()
+    train_job, done = job.train_job().model_dump(mode="json"), plan.done
     for rank, (worker, (bundle, local)) in enumerate(zip(ranks.workers, _slots(plan.bundles), strict=True)):
         assignment = {
             "run": run.path.name,
@@ -83,7 +83,6 @@ def launch(
             "beyond": run.beyond(done).model_dump(),
             "until": plan.until,
             "generation": ranks.generation,
-            "verdicts": verdicts,
             "start_timeout": limit,
         }
         ranks.results.append(worker.run.remote(assignment))

@@ -3,7 +3,7 @@
 job.toml             the resolved job          job.hash   its hash
 events.jsonl         what happened, one JSON object a line, appended
 ray.log              what Ray has to say of its processes
-lock                 held by the driver at work
+lock                 held by the driver at work, with its process's number
 generations/000/     one launch of the ranks: their logs
 checkpoints/         a folder for each, and `latest`, which names the one to go on from; elsewhere by checkpoint.path
 data_manifest.json   the manifest of the shards that the run trains on, their tokenizer in it
@@ -28,7 +28,7 @@ from armillary.data_pipeline.cursor import Cursor
 from armillary.data_pipeline.shards import Manifest
 from armillary.data_pipeline.tokenizer import Tokenizer
 from armillary.errors import ArmillaryError, CheckpointError, JobError
-from armillary.files import write_whole
+from armillary.files import put_whole, write_whole
 from armillary.launcher.job import Job, apply_overrides, read_toml, resolve
 from armillary.storage import Storage, check_writable, open_storage
 from armillary.training.checkpoint.catalog import kept, listed
@@ -39,6 +39,7 @@ from armillary.training.health import Verdict
 
 DATA_MANIFEST = "data_manifest.json"
 LATEST = "latest"
+KEPT = ("job.toml", "job.hash", DATA_MANIFEST, "events.jsonl")  # beside checkpoints elsewhere, to restore the run from
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,20 @@ class Run:
         except ArmillaryError:
             run.remove()
             raise
+        return run
+
+    @classmethod
+    def restored(cls, path: Path, job: Job) -> "Run | None":
+        """A run whose directory is gone, from what lies beside its checkpoints elsewhere; None where nothing does."""
+        run = cls(path.resolve())
+        if not job.checkpoint.path:
+            return None
+        store = open_storage(run.store_location(job.checkpoint), CheckpointError)
+        if LATEST not in store.sizes():
+            return None
+        run.path.mkdir(parents=True, exist_ok=True)
+        for name in KEPT:
+            put_whole(run.path / name, store.read(name))
         return run
 
     @classmethod
@@ -184,18 +199,38 @@ class Run:
         return f"{config.path.rstrip('/')}/{self.path.name}" if config.path else str(self.path / "checkpoints")
 
     @property
+    def cancelled(self) -> bool:
+        """Whether that was the last thing that happened to it."""
+        return [event["event"] for event in self.events()][-1:] == ["cancelled"]
+
+    @property
     def has_checkpoint(self) -> bool:
         return LATEST in self.store().sizes()
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run for one driver; JobError where another has it. A dead driver's hold ends with it."""
-        with open(self.path / "lock", "w") as file:
+        with open(self.path / "lock", "a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise JobError("the run is being trained already", self.path, "wait for it, or stop it") from None
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
             yield
+
+    def driver(self) -> int | None:
+        """The process that holds the run, on this machine; None where none does."""
+        try:
+            with open(self.path / "lock") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return int(file.read())
+        except FileNotFoundError:
+            pass
+        return None
 
     def latest(self) -> Storage:
         """The checkpoint to go on from; CheckpointError where there is none."""
@@ -261,8 +296,10 @@ class Run:
         `latest` to it, and remove those that need not be kept."""
         store = self.store()
         commit(store.folder(name), state, generation, ranks)
-        store.put(LATEST, _pointer(name))
         self.event("checkpoint", step=state.step, path=store.at(name))
+        for file in KEPT if keep.path else ():
+            store.put(file, (self.path / file).read_bytes())
+        store.put(LATEST, _pointer(name))
         if keep.keep_last:
             self.prune(keep)
 
@@ -277,15 +314,13 @@ class Run:
             self.event("pruned", path=store.at(name))
         return [store.at(name) for name in gone]
 
-    def write_targets(self, addresses: list[str]) -> None:
-        """Tell Prometheus (file_sd) where each rank's metrics are."""
+    def write_targets(self, driver: str, ranks: list[str]) -> None:
+        """Tell Prometheus (file_sd) where the driver's metrics are, and each rank's."""
+        exporters = {"driver": driver} | {str(rank): address for rank, address in enumerate(ranks)}
         targets = [
             # `instance` would follow the port, which each launch changes: series go on under a name of their own.
-            {
-                "targets": [address],
-                "labels": {"run": self.path.name, "rank": str(rank), "instance": f"{self.path.name}/{rank}"},
-            }
-            for rank, address in enumerate(addresses)
+            {"targets": [address], "labels": {"instance": f"{self.path.name}/{name}"}}
+            for name, address in exporters.items()
         ]
         write_whole(self.targets_file, json.dumps(targets, indent=1) + "\n")
 

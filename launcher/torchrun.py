@@ -21,6 +21,7 @@ from armillary.launcher.fitting import peak_flops, refuse_what_does_not_fit
 from armillary.launcher.job import Job, load_job
 from armillary.launcher.progress import View
 from armillary.launcher.run import Run
+from armillary.launcher.run_metrics import serving as serving_run
 from armillary.launcher.train import check_readable, resumable_job, until_step
 from armillary.training.checkpoint.manifest import State, read_manifest
 from armillary.training.health import Verdict
@@ -122,13 +123,14 @@ def train(job_file: Path, run_dir: Path, overrides: list[str], force: bool = Fal
         def serving(address: str) -> None:
             addresses = _gathered(address, rank)
             if rank.rank == 0:
-                opened.write_targets(addresses)
+                served = stack.enter_context(serving_run(opened, job.metrics, job.training.steps, rank.world_size))
+                opened.write_targets(served, addresses)
 
-        peak, verdicts = peak_flops(job.training.precision), opened.verdicts()
+        peak = peak_flops(job.training.precision)
         beyond = opened.beyond(read_manifest(resume).state.step if resume else 0)
         step = run(
             Assignment(opened.path.name, job.train_job(), job.hash(), rank, opened.store_location(job.checkpoint),
-                       resume.at() if resume else None, until, generation, peak, beyond, verdicts),
+                       resume.at() if resume else None, until, generation, peak, beyond),
             observer,
             serving,
         )  # fmt: skip

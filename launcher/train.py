@@ -25,6 +25,7 @@ from armillary.launcher.plot import plot_loss
 from armillary.launcher.progress import View
 from armillary.launcher.recovery import Outcome
 from armillary.launcher.run import Run
+from armillary.launcher.run_metrics import serving
 from armillary.storage import Storage, is_url, open_storage
 from armillary.training.checkpoint.manifest import State, read_manifest
 
@@ -131,6 +132,8 @@ def resume(
     forced(os.environ.get(VARIABLE, ""))
     run = Run.open(path)
     with run.locked():
+        if from_step is None and run.cancelled:
+            raise JobError("the run was cancelled", path, "name the checkpoint to go on from with --from-step")
         checkpoint = run.latest() if from_step is None else run.checkpoint(from_step)
         state = read_manifest(checkpoint).state
         check_edits(run, allow, state)
@@ -140,6 +143,24 @@ def resume(
         if from_step is not None:
             run.rewind(from_step)
         return _train(run, job, until, checkpoint, console)
+
+
+def go_on(path: Path, job: Job, console: Console, fewer: bool = False) -> Summary:
+    """Train this job in the run directory `path`: a new run where there is none, else the one that is there, from its
+    latest checkpoint if it has one, on `fewer` ranks if need be. For whoever starts runs again without a look."""
+    run = Run.open(path) if (path / "job.toml").exists() else Run.restored(path, job)
+    if run is not None:
+        with run.locked():
+            checkpoint = run.latest() if run.has_checkpoint else None
+            state = read_manifest(checkpoint).state if checkpoint else None
+            if state is not None and state.step >= job.training.steps:
+                return _summarise(run, job, Outcome(state.step, False))
+            job = resumable_job(run, job.with_absolute_paths(), state)
+            until = until_step(job, 0, state.step if state else 0)
+            return _train(run, job, until, checkpoint, console, fewer)
+    if path.exists():  # a start that was cut off
+        Run(path).remove()
+    return start(job, path, 0, console)
 
 
 def check_edits(run: Run, allow: Sequence[str], state: State) -> None:
@@ -221,9 +242,15 @@ def until_step(job: Job, stop_at: int, done: int) -> int:
     return until
 
 
-def _train(run: Run, job: Job, until: int, checkpoint: Storage | None, console: Console) -> Summary:
-    with View(run.path.name, until, console) as view:
-        outcome = drive(run, job, until, checkpoint, view)
+def _train(
+    run: Run, job: Job, until: int, checkpoint: Storage | None, console: Console, fewer: bool = False
+) -> Summary:
+    ranks = job.parallel.world_size
+    with (
+        View(run.path.name, until, console) as view,
+        serving(run, job.metrics, job.training.steps, ranks) as address,
+    ):
+        outcome = drive(run, job, until, checkpoint, view, address, fewer)
     summary = _summarise(run, job, outcome)
     if job.training.evaluate and outcome.step >= job.training.steps:
         from armillary.evals.vqa import evaluate, has_questions

@@ -28,10 +28,12 @@ class Watcher:
     """Of one launch: hears its ranks, commits their checkpoints, and finds out what is wrong with them."""
 
     def __init__(
-        self, run: Run, job: Job, plan: Plan, ranks: Ranks, machines: Machines, view: View, stop: Stop, folder: Path
-    ):
+        self, run: Run, job: Job, plan: Plan, ranks: Ranks, machines: Machines, view: View, stop: Stop, folder: Path,
+        metrics: str,
+    ):  # fmt: skip
         self._run, self._job, self._plan, self._ranks = run, job, plan, ranks
         self._machines, self._view, self._stop, self._folder = machines, view, stop, folder
+        self._metrics = metrics
         self._growth = Growth(machines, job, plan)
         self._stepped = self._growing = False
         # A rank that imports, builds its model and loads a checkpoint says nothing for long.
@@ -127,7 +129,7 @@ class Watcher:
                 ranks.addresses[rank] = f"{node if host in ('0.0.0.0', '::') else host}:{port}"
                 if len(ranks.addresses) == len(ranks.workers):
                     run.write_job(self._job)  # only now is it known that the layout fits, and that the ports are free
-                    run.write_targets([ranks.addresses[r] for r in range(len(ranks.workers))])
+                    run.write_targets(self._metrics, [ranks.addresses[r] for r in range(len(ranks.workers))])
                     view.say(f"metrics of every rank: {run.targets_file}")
             case "step":
                 self._moved()

@@ -95,10 +95,10 @@ def test_one_driver_at_a_time(run):
 
 def test_targets_keep_their_series_when_ports_change(run):
     for port in (5001, 6001):
-        run.write_targets([f"127.0.0.1:{port}", f"127.0.0.1:{port + 1}"])
+        run.write_targets("127.0.0.1:5000", [f"127.0.0.1:{port}", f"127.0.0.1:{port + 1}"])
         targets = json.loads(run.targets_file.read_text())
-        assert [t["targets"] for t in targets] == [[f"127.0.0.1:{port}"], [f"127.0.0.1:{port + 1}"]]
-        assert [t["labels"]["instance"] for t in targets] == ["run/0", "run/1"]
+        assert [t["targets"] for t in targets] == [[f"127.0.0.1:{n}"] for n in (5000, port, port + 1)]
+        assert [t["labels"]["instance"] for t in targets] == ["run/driver", "run/0", "run/1"]
 
 
 def test_generations_count_up(run):

@@ -17,11 +17,13 @@ import pytest
 from armillary.data_pipeline.folder import LocalFolder
 from armillary.data_pipeline.shards import read_manifest, write_manifest
 from armillary.data_pipeline.sources.easy_vqa import easy_vqa_questions
+from armillary.launcher.metric_docs import names
 from armillary.launcher.run import Run
+from armillary.launcher.standing import STATES
 from tests.conftest import free_port, refused
 from tests.data_pipeline.test_build import own_source
 from tests.launcher.runs import assert_gone, placed, started, wait_for
-from tests.training.test_metrics import NAMES, scrape
+from tests.training.test_metrics import scrape
 
 
 def listeners(pid: int) -> set[tuple[str, str]]:
@@ -67,17 +69,30 @@ def interrupted(tables, tmp_path_factory):
 
 def test_a_live_run_answers_prometheus_on_every_rank(interrupted):
     targets, (first, second) = interrupted["targets"], interrupted["scrapes"]
-    assert [(t["labels"]["run"], t["labels"]["rank"]) for t in targets] == [("run", "0"), ("run", "1")]
+    assert [t["labels"]["instance"] for t in targets] == ["run/driver", "run/0", "run/1"]
     assert all(t["targets"][0].startswith("127.0.0.1:") for t in targets)
-    for rank, (before, after) in enumerate(zip(first, second, strict=True)):
-        assert set(after) >= NAMES
+    assert {name for found in second for name in found} == names(), "all that docs/metrics.md has, and nothing else"
+    driver, reader = second[:2]
+    assert {one.labels["source"]: one.value > 0 for one in reader["armillary_train_samples_total"]} == {
+        "easy_vqa": True, "pydoc": True,
+    }  # fmt: skip
+    assert first[0]["armillary_run_step"][0].value < driver["armillary_run_step"][0].value
+    assert driver["armillary_run_ranks"][0].value == driver["armillary_run_ranks_planned"][0].value == 2
+    states = {one.labels["state"]: one.value for one in driver["armillary_run_state"]}
+    assert states == {state: float(state == "training") for state in STATES}
+    assert time.time() - driver["armillary_run_checkpoint_last_success_timestamp_seconds"][0].value < 120
+    for rank, (before, after) in enumerate(zip(first[1:], second[1:], strict=True)):
         steps = [found["armillary_train_steps_total"][0] for found in (before, after)]
-        assert steps[0].labels == {"run": "run", "rank": str(rank)}
+        place = {"tp": str(rank), "pp": "0", "dp": "0", "generation": "0"}
+        assert steps[0].labels == {"run": "run", "rank": str(rank)} | place
         assert 0 < steps[0].value < steps[1].value
         assert after["armillary_train_tokens_total"][0].value == steps[1].value * 4 * 128 / 2
         assert 0 < after["armillary_train_loss"][0].value < 10
-        assert time.time() - after["armillary_train_checkpoint_last_success_timestamp_seconds"][0].value < 120
         assert after["armillary_train_checkpoint_interval_seconds"][0].value > 0
+        assert after["armillary_train_host_memory_bytes"][0].value > 2**26
+        times = ("compute", "collective_wait", "reduce", "data_wait")
+        spent = sum(after[f"armillary_train_{name}_seconds_total"][0].value for name in times)
+        assert 0.9 < spent / after["armillary_train_step_duration_seconds_sum"][0].value <= 1
 
 
 def test_ctrl_c_saves_a_checkpoint_and_leaves_nothing_running(interrupted):
@@ -200,7 +215,8 @@ def test_runs_the_same_under_torchrun(interrupted, job_file, tmp_path):
     assert losses[:4] == pytest.approx([e["loss"] for e in interrupted["run"].curve()[:4]], rel=1e-5)
     assert run.latest().at().endswith("/step-00000005")
     assert "resuming from step 3" in second.stderr
-    assert [target["labels"]["rank"] for target in json.loads(run.targets_file.read_text())] == ["0", "1"]
+    targets = [target["labels"]["instance"] for target in json.loads(run.targets_file.read_text())]
+    assert targets == ["run/driver", "run/0", "run/1"]
     done = launch(job_file, "--run-dir", "run", "parallel.data=2", "training.steps=5")
     assert done.returncode != 0
     assert "step 5 is done already" in done.stderr

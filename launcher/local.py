@@ -1,0 +1,91 @@
+"""Runs on this machine: what `armillary status`, `logs`, `list`, `suspend` and `cancel` do with a run's directory."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from armillary.errors import JobError
+from armillary.launcher.follow import follow
+from armillary.launcher.run import Run
+from armillary.launcher.standing import Standing
+
+LOOK_SECONDS = 0.2
+
+
+def standing(run: Run) -> Standing:
+    """By all events that there are."""
+    found = Standing(run.job().training.steps)
+    for event in run.events():
+        found.add(event)
+    return found
+
+
+def phase(found: Standing, driver: int | None) -> tuple[str, str]:
+    """(phase, reason), by the events and by whether somebody drives the run."""
+    if driver is not None:
+        return ("starting" if found.state == "new" else "running"), f"process {driver} drives it"
+    if found.state in ("done", "failed", "cancelled"):
+        return found.state, found.error or ""
+    if found.state == "stopped":
+        return "suspended", "`armillary resume` goes on"
+    return "failed", "its driver is gone, without a word: `armillary resume` goes on from the last checkpoint"
+
+
+def status(run: Run) -> dict:
+    """What a run in a cluster has too."""
+    found = standing(run)
+    name, reason = phase(found, run.driver())
+    return {"run": str(run.path), "phase": name, "reason": reason, "progress": found.as_dict(), "progress_reason": ""}
+
+
+def runs(folder: Path) -> list[dict]:
+    """Every run in a folder: name, phase, reason; the newest first."""
+    found = sorted(folder.glob("*/job.toml"), key=lambda path: path.parent.stat().st_mtime, reverse=True)
+    return [
+        {key: one[key] for key in ("run", "phase", "reason")}
+        for one in (status(Run.open(path.parent)) for path in found)
+    ]
+
+
+def events(run: Run, following: bool) -> Iterator[dict]:
+    """So far, or until nobody drives the run any more."""
+    ended = threading.Event()
+    if not following:
+        ended.set()
+    for event in follow(run.events_file, ended):
+        if event is not None:
+            yield event
+        elif run.driver() is None:
+            ended.set()
+
+
+def suspend(run: Run) -> None:
+    """Let a run save and end."""
+    _end(run, [signal.SIGTERM])
+
+
+def cancel(run: Run) -> None:
+    """End a run at once, for good."""
+    if run.driver() is not None:
+        _end(run, [signal.SIGTERM, signal.SIGTERM])
+    run.event("cancelled")
+
+
+def _end(run: Run, signals: list[int]) -> None:
+    """Send them to the driver, and wait until it is gone."""
+    driver = run.driver()
+    if driver is None:
+        raise JobError("nobody drives this run", run.path, "`armillary resume` goes on with it")
+    for number in signals:
+        try:
+            os.kill(driver, number)
+        except ProcessLookupError:
+            break
+        except PermissionError:
+            raise JobError(f"its driver, process {driver}, is another user's", run.path, "ask that user") from None
+        time.sleep(LOOK_SECONDS)  # two at once would count as one
+    while run.driver() == driver:
+        time.sleep(LOOK_SECONDS)

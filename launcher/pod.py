@@ -1,0 +1,153 @@
+"""What the containers of a run's pods do.
+
+    python -m armillary.launcher.pod train      in the head's, by Ray: the run ARMILLARY_RUN of the job ARMILLARY_JOB
+    python -m armillary.launcher.pod stop       before a pod ends: its driver or ranks save, and this waits for them
+    python -m armillary.launcher.pod metrics    beside both: all metrics of the pod on one port
+
+`train` may be called any number of times, by the operator's retries too: what is there of the run goes on from its last
+checkpoint. It prints the run's events, a line of JSON each, and every ten seconds how it stands.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+
+from armillary.errors import ArmillaryError, JobError, PreemptedError
+from armillary.launcher.exporter import signed_in
+from armillary.launcher.follow import follow
+from armillary.launcher.job import Job, apply_overrides, parse_toml, resolve
+from armillary.launcher.standing import Standing
+
+DRIVER = "driver"  # as which `train` signs in
+PROGRESS_SECONDS = 10.0
+AGAIN_SECONDS = 5.0  # that a pod which has to go may take until Ray knows
+
+
+def main() -> None:
+    """Entry point."""
+    options = argparse.ArgumentParser(prog="armillary.launcher.pod")
+    options.add_argument("command", choices=("train", "launch", "stop", "metrics"))
+    options.add_argument("--folder", type=Path, help="of the files that say where metrics are")
+    options.add_argument("--fewer", action="store_true", help="do with fewer ranks if there is no room for all")
+    options.add_argument("--port", type=int, default=0, help="of all metrics of the pod")
+    args = options.parse_args()
+    try:
+        match args.command:
+            case "train":
+                sys.exit(train())
+            case "launch":
+                sys.exit(launch(args.fewer))
+            case "stop":
+                stop(Path(os.environ["ARMILLARY_METRICS"]))
+            case "metrics":
+                from armillary.launcher.exporter import serve
+
+                serve(args.folder, args.port)
+    except ArmillaryError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+
+
+def train() -> int:
+    """Keep the run going until it ends or is told to: its exit code.
+
+    Where single ranks were told to end, as when one pod has to make room, the run goes on with those that are left.
+    """
+    job, path = job_of_pod()
+    told, ended, child = threading.Event(), threading.Event(), None
+
+    def terminate(number, frame) -> None:
+        told.set()
+        if child is not None:
+            child.send_signal(signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, terminate)
+    from armillary.training.metrics import sign_in, sign_out
+
+    again: list[str] = []
+    signed = sign_in(DRIVER)
+    reporter = threading.Thread(target=report, args=(path / "events.jsonl", job.training.steps, ended))
+    reporter.start()
+    try:
+        while True:
+            child = subprocess.Popen([sys.executable, "-m", "armillary.launcher.pod", "launch", *again])
+            if told.is_set():
+                child.send_signal(signal.SIGTERM)
+            code = child.wait()
+            if code != PreemptedError.exit_code or told.wait(AGAIN_SECONDS):
+                return code if code >= 0 else 128 - code
+            again = ["--fewer"]
+    finally:
+        ended.set()
+        reporter.join()
+        sign_out(signed)
+
+
+def launch(fewer: bool) -> int:
+    """Start the run, or go on with what is there of it: its exit code."""
+    from rich.console import Console
+
+    from armillary.launcher.train import go_on
+
+    job, path = job_of_pod()
+    path.parent.mkdir(exist_ok=True)
+    summary = go_on(path, job, Console(stderr=True, width=120), fewer)
+    print(json.dumps({"time": time.time(), "event": "summary"} | summary.as_dict()), flush=True)
+    return PreemptedError.exit_code if summary.preempted else 0
+
+
+def job_of_pod() -> tuple[Job, Path]:
+    """This pod's run: its job, on this pod's cluster, and its directory. Goes to where relative paths begin."""
+    try:
+        text, run, root = (os.environ[f"ARMILLARY_{name}"] for name in ("JOB", "RUN", "ROOT"))
+    except KeyError as error:
+        raise JobError(f"the pod's environment has no {error.args[0]}", "", "submit with `armillary submit`") from None
+    os.chdir(root)
+    tables = parse_toml(text, "ARMILLARY_JOB")
+    cpus = resolve(tables, "ARMILLARY_JOB").kubernetes.cpus_per_rank
+    own = ['cluster.address="auto"', f"cluster.cpus_per_rank={cpus}"]
+    return resolve(apply_overrides(tables, own), "ARMILLARY_JOB"), Path("runs") / run
+
+
+def report(events: Path, steps: int, ended: threading.Event) -> None:
+    """Print the events from now on, but of steps only where the run stands, until `ended` is set."""
+    began, standing, due = time.time(), Standing(steps), 0.0
+    for event in follow(events, ended):
+        if event is not None:
+            standing.add(event)
+            if event["event"] != "step" and event["time"] >= began:
+                print(json.dumps(event), flush=True)
+        if time.monotonic() >= due or ended.is_set():
+            due = time.monotonic() + PROGRESS_SECONDS
+            print_standing(standing)
+    print_standing(standing)
+
+
+def print_standing(standing: Standing) -> None:
+    now = time.time()
+    print(json.dumps({"time": round(now, 3), "event": "progress"} | standing.as_dict(now)), flush=True)
+
+
+def stop(folder: Path) -> None:
+    """Tell the driver and the ranks of this pod to save and end, and wait until they are gone."""
+    found = []
+    for name, one in signed_in(folder).items():
+        if name == DRIVER or name.startswith("rank-"):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process = psutil.Process(one["pid"])
+                process.terminate()
+                found.append(process)
+    psutil.wait_procs(found)
+
+
+if __name__ == "__main__":
+    main()

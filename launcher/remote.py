@@ -1,0 +1,244 @@
+"""Runs in a Kubernetes cluster: what `armillary submit`, `status`, `logs`, `suspend`, `cancel` do there."""
+
+import copy
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from armillary.errors import ClusterError, JobError
+from armillary.k8s.client import POD, RAYJOB, WORKLOAD, Client, Kind, LogGone, NotFound
+from armillary.k8s.phase import Phase, phase_of
+from armillary.k8s.rayjob import APP, PART, QUEUE, RUN, SUBMITTER
+
+LOOK_SECONDS = 2.0
+TAIL = 400  # lines of the log in which there is one that says how the run stands
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A run as the cluster has it at one moment."""
+
+    run: str
+    rayjob: dict | None
+    workload: dict | None
+    pods: list[dict]
+
+    @property
+    def phase(self) -> Phase:
+        return phase_of(self.rayjob, self.workload, self.pods)
+
+    @property
+    def submitter(self) -> str:
+        """The pod whose log is the driver's; "" where there is none."""
+        found = [pod for pod in self.pods if pod["metadata"]["labels"].get(PART) == "submitter"]
+        return _newest(found)["metadata"]["name"] if found else ""
+
+
+def submit(client: Client, rayjob: dict) -> None:
+    """Create it, once the server says that it would take it. ClusterError; then nothing is left behind."""
+    name = rayjob["metadata"]["name"]
+    run = rayjob["metadata"]["labels"][RUN]
+    if any(_name(one) != name and not phase_of(one).ended for one in _rayjobs(client, run)):
+        raise ClusterError(f"the run {run} is in the cluster already",
+                           f"namespace {client.namespace}", "name another with --run, or cancel that one")  # fmt: skip
+    client.create(RAYJOB, rayjob, dry_run=True)
+    client.create(RAYJOB, rayjob)
+
+
+def look(client: Client, run: str) -> Seen:
+    """The run's newest RayJob, with what belongs to it. NotFound."""
+    rayjob = _newest(_rayjobs(client, run))
+    if rayjob is None:
+        raise NotFound(
+            f"there is no run {run}", f"namespace {client.namespace}",
+            "`armillary list` has all; one that was cancelled, or has been gone for long, goes on from its checkpoint "
+            f"with `armillary submit JOB.toml --run {run}`",
+        )  # fmt: skip
+    workload = None
+    if QUEUE in rayjob["metadata"]["labels"]:
+        workload = _newest(_if_known(client, WORKLOAD, {"kueue.x-k8s.io/job-uid": rayjob["metadata"]["uid"]}))
+    return Seen(run, rayjob, workload, client.list(POD, {RUN: run}))
+
+
+def status(client: Client, run: str) -> dict:
+    """All that is known of a run; `progress` is None, with a reason, where its log does not tell."""
+    seen = look(client, run)
+    progress, reason = progress_of(client, seen)
+    return {
+        "run": run,
+        "rayjob": _name(seen.rayjob),
+        "namespace": client.namespace,
+        "queue": seen.rayjob["metadata"]["labels"].get(QUEUE),
+        "phase": seen.phase.name,
+        "reason": seen.phase.reason,
+        "created": seen.rayjob["metadata"].get("creationTimestamp"),
+        "retries": max(0, (seen.rayjob.get("status") or {}).get("failed", 0) or 0),
+        "progress": progress,
+        "progress_reason": reason,
+    }
+
+
+def progress_of(client: Client, seen: Seen) -> tuple[dict | None, str]:
+    """(how the run stood when it last said so, "") or (None, why that is not known)."""
+    if not seen.submitter:
+        return None, "no pod has a log of it yet"
+    found = None
+    try:
+        for line in client.log(seen.submitter, SUBMITTER, tail=TAIL):
+            event = event_of(line.partition(" ")[2])
+            if event is not None and event["event"] == "progress":
+                found = event
+    except LogGone as error:
+        return found, "" if found else error.what
+    return found, "" if found else "its driver has not said anything yet"
+
+
+def runs(client: Client) -> list[dict]:
+    """Every run of the namespace: name, phase, reason, created; the newest first."""
+    newest: dict[str, dict] = {}
+    for one in sorted(client.list(RAYJOB, {APP: "armillary"}), key=_age):
+        newest[one["metadata"]["labels"][RUN]] = one
+    workloads = {one["metadata"].get("labels", {}).get("kueue.x-k8s.io/job-uid"): one
+                 for one in _if_known(client, WORKLOAD, {"kueue.x-k8s.io/job-uid": ""})}  # fmt: skip
+    found = [Seen(run, one, workloads.get(one["metadata"]["uid"]), []) for run, one in newest.items()]
+    return [
+        {"run": one.run, "phase": one.phase.name, "reason": one.phase.reason,
+         "queue": one.rayjob["metadata"]["labels"].get(QUEUE),
+         "created": one.rayjob["metadata"].get("creationTimestamp")}
+        for one in sorted(found, key=lambda one: _age(one.rayjob), reverse=True)
+    ]  # fmt: skip
+
+
+def suspend(client: Client, run: str) -> None:
+    """Let a run save, and give its machines to others until it is resumed."""
+    seen = look(client, run)
+    if seen.phase.ended:
+        raise JobError(
+            f"the run {run} has ended: {seen.phase.name}", f"namespace {client.namespace}", "nothing to suspend"
+        )
+    _set_running(client, seen, False)
+
+
+def resume(client: Client, run: str) -> str:
+    """Let a suspended run go on, or start one that has failed anew, from its last checkpoint; the RayJob's name."""
+    seen = look(client, run)
+    if seen.phase.name == "suspended":
+        _set_running(client, seen, True)
+        return _name(seen.rayjob)
+    if not seen.phase.ended:
+        raise JobError(
+            f"the run {run} is {seen.phase.name}", f"namespace {client.namespace}", "wait for it, or cancel it"
+        )
+    if seen.phase.name == "done":
+        raise JobError(f"the run {run} is done", f"namespace {client.namespace}",
+                       f"for more steps: `armillary submit JOB.toml --run {run} training.steps=...`")  # fmt: skip
+    again = next_rayjob(seen.rayjob)
+    submit(client, again)
+    return _name(again)
+
+
+def next_rayjob(rayjob: dict) -> dict:
+    """The same once more, under the next name."""
+    run, name = rayjob["metadata"]["labels"][RUN], _name(rayjob)
+    number = int(name.removeprefix(f"{run}-r")) if name != run else 1
+    labels = {key: value for key, value in rayjob["metadata"]["labels"].items()}
+    spec = copy.deepcopy(rayjob["spec"])
+    for key in ("jobId", "clusterSelector"):
+        spec.pop(key, None)
+    spec["suspend"] = QUEUE in labels
+    return {"apiVersion": rayjob["apiVersion"], "kind": rayjob["kind"],
+            "metadata": {"name": f"{run}-r{number + 1}", "labels": labels}, "spec": spec}  # fmt: skip
+
+
+def cancel(client: Client, run: str) -> None:
+    """Remove a run from the cluster; its pods save before they go."""
+    for rayjob in _rayjobs(client, run) or [look(client, run).rayjob]:
+        client.delete(RAYJOB, _name(rayjob))
+
+
+def _set_running(client: Client, seen: Seen, running: bool) -> None:
+    """Kueue decides over what is queued: it is asked through its own object, never behind its back."""
+    if QUEUE not in seen.rayjob["metadata"]["labels"]:
+        client.patch(RAYJOB, _name(seen.rayjob), {"spec": {"suspend": not running}})
+    elif seen.workload is None:
+        raise ClusterError(
+            f"Kueue has no Workload of the run {seen.run}", f"namespace {client.namespace}", seen.phase.reason
+        )
+    else:
+        client.patch(WORKLOAD, _name(seen.workload), {"spec": {"active": running}})
+
+
+def wait_for_start(client: Client, run: str, say: Callable[[str], None]) -> None:
+    """Until the run has a log or has ended; every change of its phase is said."""
+    before = None
+    while True:
+        seen = look(client, run)
+        if seen.phase != before:
+            before = seen.phase
+            say(f"{run} is {before.name}" + (f": {before.reason}" if before.reason else ""))
+        if before.name == "running" or before.ended:
+            return
+        time.sleep(LOOK_SECONDS)
+
+
+def log(client: Client, run: str, follow: bool) -> Iterator[str]:
+    """The driver's output, line by line. Where it is followed: until the RayJob says that the run has ended, whatever
+    becomes of the stream."""
+    last, same = "", set()  # the time of the last line, and the lines of that time: a new stream begins with them
+    while True:
+        seen = look(client, run)
+        ended = seen.phase.ended
+        try:
+            for line in (
+                client.log(seen.submitter, SUBMITTER, follow and not ended, since=last) if seen.submitter else ()
+            ):
+                at, _, text = line.partition(" ")
+                if at < last or (at == last and text in same):
+                    continue
+                same = same | {text} if at == last else {text}
+                last = at
+                yield text
+        except LogGone as gone:
+            if not follow or ended:
+                raise gone from None
+        if not follow or ended:
+            return
+        time.sleep(LOOK_SECONDS)
+
+
+def event_of(line: str) -> dict | None:
+    """The event that a line of a log is; None of what is for people."""
+    if not line.startswith('{"'):
+        return None
+    try:
+        event = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return event if isinstance(event, dict) and {"event", "time"} <= event.keys() else None
+
+
+def _rayjobs(client: Client, run: str) -> list[dict]:
+    return client.list(RAYJOB, {APP: "armillary", RUN: run})
+
+
+def _if_known(client: Client, kind: Kind, labels: dict[str, str]) -> list[dict]:
+    """Nothing where the cluster does not know the kind."""
+    try:
+        return client.list(kind, labels)
+    except ClusterError as error:
+        if "knows no" in error.what:
+            return []
+        raise
+
+
+def _name(thing: dict) -> str:
+    return thing["metadata"]["name"]
+
+
+def _age(thing: dict) -> tuple[str, str]:
+    return thing["metadata"].get("creationTimestamp", ""), _name(thing)
+
+
+def _newest(things: list[dict]) -> dict | None:
+    return max(things, key=_age, default=None)
