@@ -49,14 +49,11 @@ test-interpreted: $(READY)
 test-monitoring: $(READY) tools
 	$(BIN)/python -m pytest tests/monitoring $(ARGS)
 
-# Prometheus' own programs, from Debian's packages, without installing them.
-TOOLS := .tools
-tools: $(TOOLS)/.ready
-$(TOOLS)/.ready:
-	mkdir -p $(TOOLS)
-	cd $(TOOLS) && apt-get download prometheus prometheus-alertmanager
-	cd $(TOOLS) && for package in *.deb; do dpkg-deb --extract $$package . && rm $$package; done
-	@touch $@
+# Prometheus' own programs, of Debian's packages; on other systems, or without root, install them beforehand.
+TOOLS := promtool prometheus prometheus-alertmanager
+tools:
+	@for tool in $(TOOLS); do command -v $$tool >/dev/null || missing=$$tool; done; [ -z "$$missing" ] || \
+	  apt-get install --yes --no-install-recommends prometheus prometheus-alertmanager
 
 long: $(READY)
 	$(BIN)/armillary train examples/easy_vqa_long.toml $(ARGS)

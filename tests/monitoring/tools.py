@@ -1,18 +1,13 @@
-"""Prometheus' own programs, of Debian's packages; `make tools` puts them into .tools."""
+"""Prometheus' own programs, of Debian's packages; `make tools` installs them."""
 
-import os
 import shutil
 
 import pytest
 
-from tests.conftest import ROOT
-
-PLACES = f"{ROOT / '.tools' / 'usr' / 'bin'}:{os.environ['PATH']}"
-
 
 def tool(name: str) -> str:
     """Its path; the test is skipped where it is not there."""
-    found = shutil.which(name, path=PLACES)
+    found = shutil.which(name)
     if found is None:
-        pytest.skip(f"there is no {name} here: `make tools` gets it")
+        pytest.skip(f"there is no {name} here: `make tools` installs it")
     return found
