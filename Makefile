@@ -5,11 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help install demo test test-runs test-interpreted test-monitoring tools lint long bench bench-data bench-layouts bench-planner bench-checkpoint chaos gpu clean
+.PHONY: help install demo test test-runs test-parts test-interpreted test-monitoring tools lint long bench bench-data bench-layouts bench-planner bench-checkpoint chaos gpu clean
 
 help:
 	@echo "make demo      train a small image+text model, stop, resume on another layout, evaluate (ARGS=--json)"
-	@echo "make test      the linter and every test, about twelve minutes on two cores"
+	@echo "make test      the linter and every test, about thirteen minutes on two cores"
 	@echo "make test-monitoring  alerts under promtool, a live run under Prometheus and Alertmanager, about three minutes"
 	@echo "make long      the longer easy-vqa run, about 40 minutes on two cores"
 	@echo "make bench     a rank beside plain PyTorch, the launcher beside torchrun, about fifteen minutes"
@@ -35,12 +35,16 @@ $(READY): constraints.txt pyproject.toml setup.py $(wildcard data_pipeline/nativ
 demo: $(READY)
 	@$(BIN)/python examples/demo.py $(ARGS)
 
-# Whole runs wait more than they compute, and leave a processor to the interpreted kernels.
+# Whole runs wait more than they compute, and leave a processor to the rest.
 test: $(READY) lint
-	@PYTHONUNBUFFERED=1 $(MAKE) --no-print-directory --jobs=2 --output-sync=line test-runs test-interpreted
+	@PYTHONUNBUFFERED=1 $(MAKE) --no-print-directory --jobs=2 --output-sync=line test-runs test-interpreted test-parts
 
+RUNS := tests/launcher tests/examples tests/test_storage.py
 test-runs: $(READY)
-	$(BIN)/python -m pytest --ignore tests/monitoring $(ARGS)
+	$(BIN)/python -m pytest $(RUNS) $(ARGS)
+
+test-parts: $(READY)
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(RUNS) tests/monitoring) $(ARGS)
 
 # Triton decides when it is imported whether kernels are interpreted: these tests have a process of their own.
 test-interpreted: $(READY)

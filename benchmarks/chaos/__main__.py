@@ -21,6 +21,7 @@ def main() -> None:
     options.add_argument("--folder", type=Path, default=Path(__file__).parents[2] / "docs" / "results")
     options.add_argument("parts", nargs="*", default=PARTS, metavar="PART", help=", ".join(PARTS))
     args = options.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
     run = {
         "saves": saves.chaos,
         "conversions": conversions.chaos,
