@@ -20,6 +20,6 @@ native = Extension(
     py_limited_api=True,
 )
 
-data = {"armillary.planner": ["constants.toml", "hardware/*.toml"]}
+data = {"armillary.planner": ["constants.toml", "hardware/*.toml"], "armillary.launcher": ["templates/*.html"]}
 
 setup(packages=list(folders), package_dir=folders, package_data=data, ext_modules=[native])

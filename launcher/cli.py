@@ -37,7 +37,7 @@ app.command()(plan)
 for command in (run_commands.submit, run_commands.render, run_commands.status, run_commands.logs):
     app.command()(command)
 app.command("list")(run_commands.list_)
-for command in (run_commands.suspend, run_commands.cancel):
+for command in (run_commands.suspend, run_commands.cancel, run_commands.report):
     app.command()(command)
 
 

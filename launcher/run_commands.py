@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from armillary.errors import RunError
+from armillary.errors import JobError, RunError
 from armillary.launcher import standing
 from armillary.launcher.arguments import AsJson, Force, JobFile, Overrides
 
@@ -144,6 +144,24 @@ def list_(
     for one in found:
         table.add_row(one["run"], one["phase"], one["reason"])
     Console().print(table)
+
+
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="the run's directory")],
+    out: Annotated[Path | None, typer.Option(help="the page; default: report.html in the run's directory")] = None,
+) -> None:
+    """Write one page of a run: curves, where the time went, events, layout, data, checkpoints."""
+    from armillary.launcher.run import Run
+
+    opened = Run.open(run)
+    from armillary.launcher.report import report as write
+
+    path = out or opened.path / "report.html"
+    try:
+        write(opened, path)
+    except OSError as error:
+        raise JobError(f"the page cannot be written: {error.strerror}", path, "name another place with --out") from None
+    print(path)
 
 
 def suspend(run: RunName, context: Context = "", namespace: Namespace = "") -> None:
