@@ -152,6 +152,13 @@ def test_a_run_saves_to_s3_and_goes_on_from_there(proxy, job_file, tmp_path, arm
     where = ["checkpoint.path=s3://bucket/e2e", "checkpoint.every=2", "checkpoint.keep_last=2"]
     first = armillary("train", job_file, *where, "--stop-at", 3, "--run-dir", "run", "--json")
     assert json.loads(first.stdout)["checkpoint"] == "s3://bucket/e2e/run/step-00000003"
+    # The machine is lost, and with it the run's directory: what lies beside the checkpoints is enough.
+    (tmp_path / "run").rename(tmp_path / "lost")
+    lost = Run(tmp_path / "lost")
+    restored = Run.restored(tmp_path / "run", lost.job())
+    assert restored.curve() == lost.curve()
+    assert (restored.job(), restored.data(), restored.latest_step()) == (lost.job(), lost.data(), 3)
+    assert Run.restored(tmp_path / "other", lost.job()) is None
     second = armillary("resume", "run", "parallel.tensor=2", "--json")
     assert json.loads(second.stdout)["steps"] == 6, second.stderr
     rows = json.loads(armillary("checkpoint", "list", "run", "--json").stdout)["checkpoints"]

@@ -77,7 +77,6 @@ class DeviceStep:
     A micro-batch is sent to the device when it is asked for, which is collective over the ranks that share its rows.
     """
 
-    samples: tuple[int, ...]  # pieces of each source; () but on one of the ranks that share rows
     weight: float  # of all its labels in the loss
     pairs: float  # of positions that see each other
     images: float
@@ -85,6 +84,7 @@ class DeviceStep:
     count: int  # of micro-batches
     micro_batches: Iterator[DeviceBatch]
     after: Cursor
+    samples: tuple[int, ...] = ()  # pieces of each source; () but on one of the ranks that share rows
 
 
 class Delivery:
@@ -135,7 +135,7 @@ class Delivery:
         batches = (self._delivered(*pair) for pair in zip(shapes, bodies, strict=True))
         after = Cursor(block=int(block), row=int(row))
         samples = () if parcel is None else parcel.samples
-        return DeviceStep(samples, weight, pairs, images, positions, len(shapes), batches, after)
+        return DeviceStep(weight, pairs, images, positions, len(shapes), batches, after, samples)
 
     def close(self) -> None:
         """End the threads."""
