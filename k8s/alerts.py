@@ -149,7 +149,7 @@ def prometheus_rule() -> dict:
     return {
         "apiVersion": "monitoring.coreos.com/v1",
         "kind": "PrometheusRule",
-        "metadata": {"name": "armillary", "labels": {"app.kubernetes.io/name": "armillary"}},
+        "metadata": {"name": "armillary", "labels": {"app.kubernetes.io/part-of": "armillary"}},
         "spec": {"groups": groups()},
     }
 

@@ -37,6 +37,10 @@ WORKLOAD = Kind("Workload", "kueue.x-k8s.io/v1beta2", "workloads", "Kueue 0.19 o
 POD = Kind("Pod", "v1", "pods")
 
 
+class NoCluster(ClusterError):
+    """There is no kubeconfig, or it names no cluster."""
+
+
 class NotFound(ClusterError):
     """The object is not there."""
 
@@ -167,4 +171,4 @@ async def _api(context: str | None, namespace: str | None):
     except kr8s.ServerError as error:
         raise ClusterError(f"the cluster refuses you: {error}", context or "", "log in again") from None
     except Exception as error:  # each kind of kubeconfig and of log-in program has its own
-        raise ClusterError(f"no cluster can be asked: {error}", context or "the kubeconfig", fix) from None
+        raise NoCluster(f"no cluster can be asked: {error}", context or "the kubeconfig", fix) from None

@@ -11,7 +11,8 @@ METRICS = "/run/armillary"  # where the ranks of a pod say on which ports their 
 METRICS_PORT, RAY_METRICS_PORT = 9400, 8080
 DRAIN = 30  # seconds that Ray takes to leave a node (RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S)
 SLACK = 30  # seconds for what comes before and after an emergency save
-APP, RUN, PART = (f"app.kubernetes.io/{name}" for name in ("name", "instance", "component"))
+# The operator has a label app.kubernetes.io/name of its own, by which its services find pods.
+APP, RUN, PART = (f"app.kubernetes.io/{name}" for name in ("part-of", "instance", "component"))
 SUBMITTER = "ray-job-submitter"  # the container whose output is the driver's
 QUEUE, PRIORITY = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"
 RACK = "kueue.x-k8s.io/podset-preferred-topology"
@@ -107,7 +108,11 @@ def _head(submission: Submission) -> dict:
     config = submission.config
     resources = {"cpu": str(config.head_cpus), "memory": config.head_memory}
     # Kubernetes would put the value of NAME for $(NAME).
-    environment = {"ARMILLARY_RUN": submission.run, "ARMILLARY_JOB": submission.job.replace("$(", "$$(")}
+    environment = {
+        "ARMILLARY_RUN": submission.run,
+        "ARMILLARY_JOB": submission.job.replace("$(", "$$("),
+        "RAY_JOB_STOP_WAIT_TIME_S": str(round(submission.grace) + SLACK),  # of a run that is cancelled; else 3
+    }
     return _ray_pod("ray-head", submission, resources, environment)
 
 

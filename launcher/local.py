@@ -70,7 +70,7 @@ def suspend(run: Run) -> None:
 def cancel(run: Run) -> None:
     """End a run at once, for good."""
     if run.driver() is not None:
-        _end(run, [signal.SIGTERM, signal.SIGTERM])
+        _end(run, [signal.SIGTERM, signal.SIGINT])
     run.event("cancelled")
 
 
@@ -86,6 +86,6 @@ def _end(run: Run, signals: list[int]) -> None:
             break
         except PermissionError:
             raise JobError(f"its driver, process {driver}, is another user's", run.path, "ask that user") from None
-        time.sleep(LOOK_SECONDS)  # two at once would count as one
+        time.sleep(LOOK_SECONDS)
     while run.driver() == driver:
         time.sleep(LOOK_SECONDS)

@@ -61,16 +61,12 @@ def train() -> int:
     """Keep the run going until it ends or is told to: its exit code.
 
     Where single ranks were told to end, as when one pod has to make room, the run goes on with those that are left.
+    Who tells the run to end sends SIGTERM to this process and to its child, as Ray does and `stop`: a second one to the
+    child would end it at once.
     """
     job, path = job_of_pod()
-    told, ended, child = threading.Event(), threading.Event(), None
-
-    def terminate(number, frame) -> None:
-        told.set()
-        if child is not None:
-            child.send_signal(signal.SIGTERM)
-
-    signal.signal(signal.SIGTERM, terminate)
+    told, ended = threading.Event(), threading.Event()
+    signal.signal(signal.SIGTERM, lambda number, frame: told.set())
     from armillary.training.metrics import sign_in, sign_out
 
     again: list[str] = []
@@ -80,8 +76,8 @@ def train() -> int:
     try:
         while True:
             child = subprocess.Popen([sys.executable, "-m", "armillary.launcher.pod", "launch", *again])
-            if told.is_set():
-                child.send_signal(signal.SIGTERM)
+            if told.is_set():  # before it was there
+                child.terminate()
             code = child.wait()
             if code != PreemptedError.exit_code or told.wait(AGAIN_SECONDS):
                 return code if code >= 0 else 128 - code
@@ -141,11 +137,14 @@ def stop(folder: Path) -> None:
     """Tell the driver and the ranks of this pod to save and end, and wait until they are gone."""
     found = []
     for name, one in signed_in(folder).items():
-        if name == DRIVER or name.startswith("rank-"):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process = psutil.Process(one["pid"])
-                process.terminate()
-                found.append(process)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if name == DRIVER or name.startswith("rank-"):
+                found.append(psutil.Process(one["pid"]))
+            if name == DRIVER:
+                found += found[-1].children(recursive=True)
+    for process in found:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
     psutil.wait_procs(found)
 
 

@@ -194,10 +194,9 @@ def cancel(run: RunName, context: Context = "", namespace: Namespace = "") -> No
 
 def resume_in_cluster(run: str, context: str, namespace: str, detach: bool) -> None:
     """`armillary resume` of a run that is not on this machine."""
-    from armillary.k8s.client import connected
     from armillary.launcher import remote
 
-    with connected(context, namespace) as client:
+    with _cluster_of(run, context, namespace) as client:
         rayjob = remote.resume(client, run)
         _say(f"{run} goes on from its last checkpoint, as {rayjob}")
         code = 0 if detach else _follow(client, run)
@@ -217,10 +216,22 @@ def _run(run: str, context: str, namespace: str) -> Iterator[tuple]:
 
         yield None, Run.open(Path(run))
         return
-    from armillary.k8s.client import connected
-
-    with connected(context, namespace) as client:
+    with _cluster_of(run, context, namespace) as client:
         yield client, None
+
+
+@contextlib.contextmanager
+def _cluster_of(run: str, context: str, namespace: str) -> Iterator:
+    """A client, for a run that is not here."""
+    from armillary.k8s.client import NoCluster, connected
+
+    with contextlib.ExitStack() as stack:
+        try:
+            client = stack.enter_context(connected(context, namespace))
+        except NoCluster as error:
+            fix = f"start one with `armillary train JOB.toml`; for a run in a cluster {error.fix}"
+            raise NoCluster(f"there is no run here, and {error.what}", run, fix) from None
+        yield client
 
 
 def _rayjob(job_file: Path, overrides, queue: str, priority: str, run: str, allow_tag: bool, force: bool) -> dict:

@@ -12,7 +12,7 @@ POLL_SECONDS = 0.1
 
 class Stop:
     """Counts Ctrl-C and SIGTERM: the first asks for a checkpoint and an end, the second ends at once. A SIGTERM says
-    too that there is only so much time."""
+    too that there is only so much time; platforms repeat it, so that all of them count as one."""
 
     def __init__(self):
         self.count = 0
@@ -23,7 +23,8 @@ class Stop:
         return {number: signal.signal(number, self._heard) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _heard(self, number, frame) -> None:
-        self.count += 1
+        if number == signal.SIGINT or self.terminated_at is None:
+            self.count += 1
         if number == signal.SIGTERM and self.terminated_at is None:
             self.terminated_at = time.monotonic()
 

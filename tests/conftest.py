@@ -1,6 +1,8 @@
 """Fixtures and the helpers that many tests share."""
 
+import functools
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,6 +14,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what these tests prove, they prove on the processor
 ROOT = Path(__file__).parents[1]
 ARMILLARY = str(Path(sys.executable).with_name("armillary"))
+
+# For Popen's preexec_fn: what a shell started in the background ignores Ctrl-C, and so do its children.
+HEEDING = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
 
 MODEL = {"depth": 2, "hidden_size": 32, "num_heads": 4, "vision_num_heads": 2, "init_std": 0.08}
 SOURCES = [{"kind": "easy_vqa", "weight": 3.0}, {"kind": "pydoc", "weight": 1.0}]

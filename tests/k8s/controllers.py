@@ -28,6 +28,7 @@ from tests.k8s.store import Key, now
 LOOK_SECONDS = 0.1
 UID = "kueue.x-k8s.io/job-uid"
 RAYJOBS, WORKLOADS = ("ray.io/v1", "rayjobs"), ("kueue.x-k8s.io/v1beta2", "workloads")
+JOB = "the-job"  # as which Ray knows a run's command
 LITTLE_QUOTA = (
     "couldn't assign flavors to pod set ranks: insufficient quota for {} in flavor armillary, "
     "request > maximum capacity ({} > {})"
@@ -139,7 +140,8 @@ class KubeRay(Controller):
         for rayjob in self.store.select(*RAYJOBS):
             there[rayjob["metadata"]["uid"]] = rayjob
         for uid in self.clusters.keys() - there.keys():
-            self._stop(uid)
+            self.clusters[uid].cancel()
+            del self.clusters[uid]
         for uid, rayjob in there.items():
             self._see_to(uid, rayjob)
 
@@ -150,7 +152,7 @@ class KubeRay(Controller):
         if rayjob["spec"].get("suspend"):
             if cluster is not None:
                 self.store.update(key, {"status": {"jobDeploymentStatus": "Suspending"}})
-                self._stop(uid)
+                self._remove(uid)
                 self.store.update(key, {"status": {"jobDeploymentStatus": "Suspended"}})
         elif cluster is None and state in ("", "Suspended"):
             self.store.update(key, {"status": {"jobDeploymentStatus": "Initializing", "startTime": now()}})
@@ -158,14 +160,14 @@ class KubeRay(Controller):
             self.tokens.append(self.clusters[uid].token)
             self.store.update(key, {"status": {"jobDeploymentStatus": "Running", "jobStatus": "RUNNING"}})
         elif cluster is not None and state == "Running" and (code := cluster.code()) is not None:
-            self._stop(uid)
+            self._remove(uid)
             ended = {"jobDeploymentStatus": "Failed", "jobStatus": "FAILED", "reason": "AppFailed", "failed": 1,
                      "message": f"Job entrypoint command failed with exit code {code}"}  # fmt: skip
             if code == 0:
                 ended = {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED", "succeeded": 1}
             self.store.update(key, {"status": ended | {"endTime": now()}})
 
-    def _stop(self, uid: str) -> None:
+    def _remove(self, uid: str) -> None:
         self.clusters[uid].stop()
         del self.clusters[uid]
 
@@ -196,7 +198,8 @@ class Cluster:
         self.submitter = self._submit()
 
     def _pod(self, name: str, template: dict, command: list[str]) -> "Pod":
-        words = ["--node-ip-address=127.0.0.1", "--object-store-memory=100000000", "--disable-usage-stats"]
+        words = ["--node-ip-address=127.0.0.1", "--object-store-memory=100000000", "--disable-usage-stats",
+                 f"--dashboard-agent-listen-port={_free_port()}"]  # fmt: skip
         pod = self._made(name, template)
         pod.start(command + words)
         pod.wait_for_ray()
@@ -207,15 +210,22 @@ class Cluster:
         template = self._rayjob["spec"]["submitterPodTemplate"]
         pod = self._made("submitter", template)
         entrypoint = shlex.split(self._rayjob["spec"]["entrypoint"])
-        pod.start(
-            ["ray", "job", "submit", f"--address=http://127.0.0.1:{self.dashboard}", "--", *entrypoint], logged=True
-        )
+        pod.start(["ray", "job", "submit", self._at, f"--submission-id={JOB}", "--", *entrypoint], logged=True)
         self.pods.append(pod)
         return pod
 
     def _made(self, name: str, template: dict) -> "Pod":
         environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token, "PYTHONUNBUFFERED": "1"} | FAST
         return Pod(self._api, self._rayjob, name, template, environment, self._volume, self._folder, self._secrets)
+
+    @property
+    def _at(self) -> str:
+        return f"--address=http://127.0.0.1:{self.dashboard}"
+
+    def cancel(self) -> None:
+        """What the operator does before the pods of a RayJob go that was deleted."""
+        self.submitter.run(["ray", "job", "stop", "--no-wait", self._at, JOB]).wait()
+        self.stop()
 
     def code(self) -> int | None:
         """Of the command, once it has ended."""
@@ -301,6 +311,10 @@ class Pod:
         phase = "Succeeded" if self.process.returncode == 0 else "Failed"
         if self._api.store.get(self._key):
             self._api.store.update(self._key, {"status": {"phase": phase}})
+
+    def run(self, command: list[str]) -> subprocess.Popen:
+        """One more command in the first container."""
+        return self._run(self._spec["containers"][0], command, subprocess.DEVNULL)
 
     def _run(self, container: dict, command: list[str], output) -> subprocess.Popen:
         own = {one["name"]: self._mapped(container, one["value"]) for one in container.get("env", ())}

@@ -1,6 +1,5 @@
 """`armillary data ...` as a user types it."""
 
-import functools
 import json
 import signal
 import subprocess
@@ -14,7 +13,7 @@ from armillary.data_pipeline.folder import LocalFolder
 from armillary.launcher.job import load_job
 from armillary.launcher.run import Run
 from armillary.launcher.where import Where
-from tests.conftest import ARMILLARY, refused
+from tests.conftest import ARMILLARY, HEEDING, refused
 from tests.data_pipeline.test_sources import lines, png
 
 
@@ -134,9 +133,8 @@ def test_ctrl_c_says_how_to_go_on(job, tmp_path):
     with open(tmp_path / "texts" / "9.jsonl", "w") as file:
         file.writelines(json.dumps({"text": f"{number:x} and {number * number:x}"}) + "\n" for number in range(500_000))
     command = [ARMILLARY, "data", "build", job, "--workers", "1"]
-    heeding = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs do not
     process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heeding
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=HEEDING
     )
     assert "training a tokenizer" in process.stderr.readline()
     process.send_signal(signal.SIGINT)

@@ -121,7 +121,7 @@ def test_explain_covers_every_key_with_a_meaning():
 def test_components_see_only_their_own_tables():
     from armillary.training.config import TrainJob
 
-    assert set(Job.model_fields) - set(TrainJob.model_fields) == {"name", "cluster"}
+    assert set(Job.model_fields) - set(TrainJob.model_fields) == {"name", "cluster", "kubernetes"}
 
 
 def test_paths_are_made_absolute_from_the_home_and_the_folder_that_a_command_is_run_in(job_file, monkeypatch, tmp_path):

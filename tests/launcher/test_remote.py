@@ -13,7 +13,7 @@ import yaml
 
 from armillary.k8s import client
 from armillary.launcher import remote
-from tests.conftest import ARMILLARY, ROOT, refused
+from tests.conftest import ARMILLARY, HEEDING, ROOT, refused
 from tests.k8s import schemas
 from tests.k8s.api import Api
 from tests.k8s.controllers import Kueue
@@ -55,7 +55,7 @@ class Shell:
 
     def start(self, *words: str) -> subprocess.Popen:
         return subprocess.Popen([ARMILLARY, *words], cwd=self.folder, env=self.environment, stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE, text=True)  # fmt: skip
+                                stderr=subprocess.PIPE, text=True, preexec_fn=HEEDING)  # fmt: skip
 
     def kubectl(self, *words: str, given: str = "") -> subprocess.CompletedProcess:
         command = [os.path.join(os.path.dirname(ARMILLARY), "kubectl"), *words]
@@ -193,7 +193,7 @@ def test_who_follows_learns_how_it_ended(api, space, shell, succeeded):
 def test_kueues_runs_are_suspended_and_resumed_by_their_workload_alone(api, space, shell):
     with Kueue(api):
         submitted(shell)
-        workload = wait_for(lambda: [key for key in api.store.objects if key.plural == "workloads"])[0]
+        workload = wait_for(lambda: [key for key in api.store.objects if key[1:3] == ("workloads", space)])[0]
         wait_for(lambda: api.store.get(rayjob(space))["spec"]["suspend"] is False)
         begin(api, space)
         first = len(api.requests)
