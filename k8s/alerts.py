@@ -13,6 +13,7 @@ RULE_FILE = Path(__file__).parent / "base" / "alerts.yaml"
 RUNBOOK = "docs/operations.md#"
 BY = "by (namespace, run)"
 ON = "on (namespace, run)"
+UNDER_WAY = "starting|training|waiting"
 TRAINING = f'max {BY} (armillary_run_state{{state="training"}}) == 1'
 
 
@@ -42,8 +43,9 @@ ALERTS = (
     ),
     Alert(
         "ArmillaryRankSilent",
-        "time() - armillary_train_progress_timestamp_seconds > 300",
-        "1m", "critical", "rank {{ $labels.rank }} of {{ $labels.run }} has not moved for five minutes",
+        f"time() - min {BY} (armillary_train_progress_timestamp_seconds "
+        'unless on (namespace, run, rank) armillary_train_phase{phase="start"} == 1) > 900',
+        "1m", "critical", "a rank of {{ $labels.run }} has not moved for a quarter of an hour",
     ),
     Alert(
         "ArmillaryRankUnscraped",
@@ -52,9 +54,14 @@ ALERTS = (
     ),
     Alert(
         "ArmillaryGone",
-        f"(max {BY} (last_over_time(armillary_run_state{{state=~\"starting|training|waiting\"}}[30m])) == 1) "
+        f'(max {BY} (last_over_time(armillary_run_state{{namespace!="",state=~"{UNDER_WAY}"}}[30m])) == 1) '
         f"unless {ON} max {BY} (armillary_run_step)",
         "5m", "critical", "{{ $labels.run }} was under way, and tells nothing any more",
+    ),
+    Alert(
+        "ArmillaryFailed",
+        f'max {BY} (last_over_time(armillary_run_state{{state="failed"}}[30m])) == 1',
+        "1m", "critical", "{{ $labels.run }} has failed",
     ),
     Alert(
         "ArmillaryNonFinite",
@@ -101,6 +108,8 @@ ALERTS = (
     Alert(
         "ArmillaryCheckpointStale",
         f"time() - max {BY} (armillary_run_checkpoint_last_success_timestamp_seconds) "
+        f"- {ON} 2 * max {BY} (armillary_train_checkpoint_interval_seconds) > 60 "
+        f"and {ON} time() - max {BY} (armillary_run_launch_timestamp_seconds) "
         f"- {ON} 2 * max {BY} (armillary_train_checkpoint_interval_seconds) > 60",
         "5m", "critical", "{{ $labels.run }} has saved no checkpoint for more than two intervals",
     ),
@@ -110,9 +119,9 @@ ALERTS = (
         "0m", "warning", "a checkpoint of {{ $labels.run }} could not be saved",
     ),
     Alert(
-        "ArmillaryGpuFault",
-        "max by (Hostname, gpu) (DCGM_FI_DEV_XID_ERRORS) > 0 "
-        "or max by (Hostname, gpu) (increase(DCGM_FI_DEV_ECC_DBE_VOL_TOTAL[10m])) > 0",
+        "ArmillaryGpuFault",  # 13, 31, 43 and 45 are faults of programs; the metric stays as it was after a fault
+        "max by (Hostname, gpu) (changes(DCGM_FI_DEV_XID_ERRORS[15m])) > 0 "
+        "and on (Hostname, gpu) max by (Hostname, gpu) (DCGM_FI_DEV_XID_ERRORS != 13 != 31 != 43 != 45) > 0",
         "0m", "critical", "GPU {{ $labels.gpu }} of {{ $labels.Hostname }} reports a fault",
     ),
 )  # fmt: skip

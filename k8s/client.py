@@ -41,6 +41,10 @@ class NoCluster(ClusterError):
     """There is no kubeconfig, or it names no cluster."""
 
 
+class Unreachable(ClusterError):
+    """No answer, or one that the same question may not get again."""
+
+
 class NotFound(ClusterError):
     """The object is not there."""
 
@@ -96,6 +100,8 @@ class Client:
         except (httpx.HTTPError, kr8s.APITimeoutError) as error:
             raise LogGone(f"the log broke off: {type(error).__name__}", f"pod {pod}", "read it again") from None
         except kr8s.ServerError as error:
+            if _code(error) in (401, 403):
+                raise self._refusal(error, "GET", POD, pod) from None
             raise LogGone(f"there is no log: {error}", f"pod {pod}", "wait for the pod to start") from None
 
     def _call(self, method: str, kind: Kind, name: str = "", **request) -> AbstractContextManager:
@@ -120,10 +126,12 @@ class Client:
 
     def _refusal(self, error: kr8s.ServerError, method: str, kind: Kind, name: str) -> ClusterError:
         """What a server's refusal means for whoever asked."""
-        code = error.response.status_code if error.response is not None else 0
+        code = _code(error)
         said = str(error.status.get("message") if isinstance(error.status, dict) else error)
         server, space, install = self._api.auth.server, self.namespace, f"let its administrators install {kind.source}"
         where = f"{kind.name} {name}".strip() + f" in namespace {space}"
+        if code == 429 or code >= 500:
+            return Unreachable(f"the cluster cannot answer now: {said}", server, "try again")
         if code == 401:
             return ClusterError("the cluster does not know who you are", server, LOG_IN)
         if code == 403 and "PodSecurity" not in said and "exceeded quota" not in said:
@@ -141,12 +149,16 @@ class Client:
         return ClusterError(f"the cluster refuses it: {said}", where, "see docs/kubernetes.md")
 
 
+def _code(error: kr8s.ServerError) -> int:
+    return error.response.status_code if error.response is not None else 0
+
+
 async def _next(lines) -> str | None:
     return await anext(lines, None)
 
 
-def unreachable(server: str, error: Exception) -> ClusterError:
-    return ClusterError(f"the cluster does not answer: {str(error) or type(error).__name__}", server,
+def unreachable(server: str, error: Exception) -> Unreachable:
+    return Unreachable(f"the cluster does not answer: {str(error) or type(error).__name__}", server,
                         "check the network, and the context: `kubectl config get-contexts`")  # fmt: skip
 
 

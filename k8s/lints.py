@@ -41,6 +41,10 @@ def _lint(name: str, spec: dict, allow_tag: bool) -> Iterator[tuple[str, str]]:
         )
     if options.get("enableK8sTokenAuth"):
         yield "spec.rayClusterSpec.authOptions.enableK8sTokenAuth", "is refused for a RayJob"
+    head = cluster.get("headGroupSpec", {}).get("template", {}).get("spec", {}).get("containers", [{}])[0]
+    if (named := [port["name"] for port in head.get("ports", ())]) and "dashboard" not in named:
+        yield "spec.rayClusterSpec.headGroupSpec.template.spec.containers[0].ports", (
+            "name no dashboard: the operator makes the head's service of these alone")  # fmt: skip
     for path, pod in pods(spec):
         if pod["spec"].get("automountServiceAccountToken") is not False:
             yield f"{path}.spec.automountServiceAccountToken", "has to be false: no code in a pod asks the cluster"

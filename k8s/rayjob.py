@@ -8,11 +8,14 @@ from armillary.k8s.config import KubernetesConfig
 
 ROOT = "/armillary"  # where the volume is mounted: relative paths of a job begin here
 METRICS = "/run/armillary"  # where the ranks of a pod say on which ports their metrics are
-METRICS_PORT, RAY_METRICS_PORT = 9400, 8080
+METRICS_PORT = 9400
+PORTS = {"metrics": 8080}
+HEAD_PORTS = {"gcs-server": 6379, "dashboard": 8265, "client": 10001} | PORTS  # the operator makes a service of them
 DRAIN = 30  # seconds that Ray takes to leave a node (RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S)
 SLACK = 30  # seconds for what comes before and after an emergency save
 # The operator has a label app.kubernetes.io/name of its own, by which its services find pods.
 APP, RUN, PART = (f"app.kubernetes.io/{name}" for name in ("part-of", "instance", "component"))
+RAYJOB = "armillary/rayjob"  # label of pods: of which of a run's RayJobs
 SUBMITTER = "ray-job-submitter"  # the container whose output is the driver's
 QUEUE, PRIORITY = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"
 RACK = "kueue.x-k8s.io/podset-preferred-topology"
@@ -52,7 +55,7 @@ class Submission:
 def ray_job(submission: Submission) -> dict:
     """The RayJob, for KubeRay 1.7 and Kueue 0.19, in the 'restricted' Pod Security profile."""
     config = submission.config
-    labels = {APP: "armillary", RUN: submission.run}
+    labels = {APP: "armillary", RUN: submission.run, RAYJOB: submission.name}
     queued = {QUEUE: config.queue} | ({PRIORITY: config.priority} if config.priority else {}) if config.queue else {}
     pods, ranks = submission.pods
     return {
@@ -64,7 +67,7 @@ def ray_job(submission: Submission) -> dict:
             "suspend": bool(queued),  # until Kueue has room for all of it
             "submissionMode": "K8sJobMode",
             "shutdownAfterJobFinishes": True,
-            "ttlSecondsAfterFinished": config.keep,
+            "ttlSecondsAfterFinished": 0,  # of the machines: the RayJob and the driver's log stay until it is cancelled
             "preRunningDeadlineSeconds": config.start_deadline,
             "backoffLimit": config.retries,
             "submitterPodTemplate": {"metadata": {"labels": labels | {PART: "submitter"}}, "spec": _submitter(config)},
@@ -107,20 +110,21 @@ def _submitter(config: KubernetesConfig) -> dict:
 def _head(submission: Submission) -> dict:
     config = submission.config
     resources = {"cpu": str(config.head_cpus), "memory": config.head_memory}
-    # Kubernetes would put the value of NAME for $(NAME).
+    # Kubernetes puts the value of NAME for $(NAME), and $ for $$.
     environment = {
         "ARMILLARY_RUN": submission.run,
-        "ARMILLARY_JOB": submission.job.replace("$(", "$$("),
+        "ARMILLARY_RAYJOB": submission.name,
+        "ARMILLARY_JOB": submission.job.replace("$", "$$"),
         "RAY_JOB_STOP_WAIT_TIME_S": str(round(submission.grace) + SLACK),  # of a run that is cancelled; else 3
     }
-    return _ray_pod("ray-head", submission, resources, environment)
+    return _ray_pod("ray-head", submission, resources, HEAD_PORTS, environment)
 
 
 def _worker(submission: Submission, ranks: int) -> dict:
     config = submission.config
     resources = {"cpu": str(config.cpus_per_rank * ranks), "memory": times(config.memory_per_rank, ranks)}
     resources |= {name: str(ranks) for name in (config.gpu, config.network) if name}
-    return _ray_pod("ray-worker", submission, resources, {})
+    return _ray_pod("ray-worker", submission, resources, PORTS, {})
 
 
 def times(memory: str, count: int) -> str:
@@ -128,7 +132,7 @@ def times(memory: str, count: int) -> str:
     return f"{int(memory[:-2]) * count}{memory[-2:]}"
 
 
-def _ray_pod(name: str, submission: Submission, resources: dict, environment: dict) -> dict:
+def _ray_pod(name: str, submission: Submission, resources: dict, ports: dict[str, int], environment: dict) -> dict:
     config = submission.config
     mounts = [{"name": "runs", "mountPath": ROOT}, {"name": "shm", "mountPath": "/dev/shm"},
               {"name": "metrics", "mountPath": METRICS}]  # fmt: skip
@@ -138,7 +142,7 @@ def _ray_pod(name: str, submission: Submission, resources: dict, environment: di
     container["env"] = [{"name": key, "value": value} for key, value in environment.items()]
     if config.secret:
         container["envFrom"] = [{"secretRef": {"name": config.secret}}]
-    container["ports"] = [{"name": "metrics", "containerPort": RAY_METRICS_PORT}]
+    container["ports"] = [{"name": port, "containerPort": number} for port, number in ports.items()]
     container["volumeMounts"] = mounts
     # Ray would end its processes at once: first the ranks save, which this waits for.
     container["lifecycle"] = {"preStop": {"exec": {"command": f"{PYTHON} stop".split()}}}

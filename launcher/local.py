@@ -23,10 +23,12 @@ def standing(run: Run) -> Standing:
     return found
 
 
-def phase(found: Standing, driver: int | None) -> tuple[str, str]:
+def phase(found: Standing, driver: dict | None) -> tuple[str, str]:
     """(phase, reason), by the events and by whether somebody drives the run."""
     if driver is not None:
-        return ("starting" if found.state == "new" else "running"), f"process {driver} drives it"
+        return (
+            "starting" if found.state == "new" else "running"
+        ), f"process {driver['pid']} on {driver['host']} drives it"
     if found.state in ("done", "failed", "cancelled"):
         return found.state, found.error or ""
     if found.state == "stopped":
@@ -71,6 +73,8 @@ def cancel(run: Run) -> None:
     """End a run at once, for good."""
     if run.driver() is not None:
         _end(run, [signal.SIGTERM, signal.SIGINT])
+    if standing(run).state == "done":
+        raise JobError("the run is done", run.path, "there is nothing to cancel")
     run.event("cancelled")
 
 
@@ -79,13 +83,17 @@ def _end(run: Run, signals: list[int]) -> None:
     driver = run.driver()
     if driver is None:
         raise JobError("nobody drives this run", run.path, "`armillary resume` goes on with it")
+    if not driver["here"]:
+        raise JobError(f"its driver is a process on {driver['host']}", run.path, "do it there, or by the run's name")
     for number in signals:
         try:
-            os.kill(driver, number)
+            os.kill(driver["pid"], number)
         except ProcessLookupError:
             break
         except PermissionError:
-            raise JobError(f"its driver, process {driver}, is another user's", run.path, "ask that user") from None
+            raise JobError(
+                f"its driver, process {driver['pid']}, is another user's", run.path, "ask that user"
+            ) from None
         time.sleep(LOOK_SECONDS)
     while run.driver() == driver:
         time.sleep(LOOK_SECONDS)

@@ -17,19 +17,23 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
 from armillary.errors import ArmillaryError, JobError, PreemptedError
+from armillary.files import write_whole
 from armillary.launcher.exporter import signed_in
 from armillary.launcher.follow import follow
 from armillary.launcher.job import Job, apply_overrides, parse_toml, resolve
+from armillary.launcher.run import Run
 from armillary.launcher.standing import Standing
 
 DRIVER = "driver"  # as which `train` signs in
 PROGRESS_SECONDS = 10.0
 AGAIN_SECONDS = 5.0  # that a pod which has to go may take until Ray knows
+LINGER_SECONDS = 20.0  # after the end, so that Prometheus, which comes every fifteen, sees it
 
 
 def main() -> None:
@@ -64,28 +68,53 @@ def train() -> int:
     Who tells the run to end sends SIGTERM to this process and to its child, as Ray does and `stop`: a second one to the
     child would end it at once.
     """
+    from armillary.launcher.run_metrics import serving
+    from armillary.training.metrics import sign_in, sign_out
+
     job, path = job_of_pod()
     told, ended = threading.Event(), threading.Event()
     signal.signal(signal.SIGTERM, lambda number, frame: told.set())
-    from armillary.training.metrics import sign_in, sign_out
-
-    again: list[str] = []
     signed = sign_in(DRIVER)
     reporter = threading.Thread(target=report, args=(path / "events.jsonl", job.training.steps, ended))
     reporter.start()
-    try:
-        while True:
-            child = subprocess.Popen([sys.executable, "-m", "armillary.launcher.pod", "launch", *again])
-            if told.is_set():  # before it was there
-                child.terminate()
-            code = child.wait()
-            if code != PreemptedError.exit_code or told.wait(AGAIN_SECONDS):
-                return code if code >= 0 else 128 - code
-            again = ["--fewer"]
-    finally:
-        ended.set()
-        reporter.join()
-        sign_out(signed)
+    with serving(Run(path.resolve()), job.metrics, job.training.steps, job.parallel.world_size):
+        try:
+            return _only_once(path, lambda: _train(told))
+        finally:
+            ended.set()
+            reporter.join()
+            sign_out(signed)
+            time.sleep(LINGER_SECONDS)
+
+
+def _train(told: threading.Event) -> int:
+    # The run's metrics are served here, where they outlive the driver.
+    environment = {key: value for key, value in os.environ.items() if key != "ARMILLARY_METRICS"}
+    again: list[str] = []
+    while True:
+        child = subprocess.Popen([sys.executable, "-m", "armillary.launcher.pod", "launch", *again], env=environment)
+        if told.is_set():  # before it was there
+            child.terminate()
+        code = child.wait()
+        if code != PreemptedError.exit_code or told.wait(AGAIN_SECONDS):
+            return code if code >= 0 else 128 - code
+        again = ["--fewer"]
+
+
+def _only_once(path: Path, act: Callable[[], int]) -> int:
+    """`act`, unless this RayJob has ended before: the operator starts its command again whatever the reason was that it
+    ended, which only makes sense where it was lost with its pod."""
+    final, name = path.with_name(f".{path.name}.ended"), os.environ["ARMILLARY_RAYJOB"]
+    if final.exists() and (before := json.loads(final.read_text()))["rayjob"] == name:
+        print(
+            f"this RayJob has ended before, with exit code {before['code']}: see its log", file=sys.stderr, flush=True
+        )
+        return before["code"]
+    code = act()
+    if code not in (0, PreemptedError.exit_code) and code < 128:
+        path.parent.mkdir(exist_ok=True)
+        write_whole(final, json.dumps({"rayjob": name, "code": code}))
+    return code
 
 
 def launch(fewer: bool) -> int:
@@ -138,10 +167,13 @@ def stop(folder: Path) -> None:
     found = []
     for name, one in signed_in(folder).items():
         with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(one["pid"])
+            if process.create_time() != one["began"]:
+                continue  # another one has its number by now
             if name == DRIVER or name.startswith("rank-"):
-                found.append(psutil.Process(one["pid"]))
+                found.append(process)
             if name == DRIVER:
-                found += found[-1].children(recursive=True)
+                found += process.children(recursive=True)
     for process in found:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()

@@ -1,17 +1,21 @@
 """Runs in a Kubernetes cluster: what `armillary submit`, `status`, `logs`, `suspend`, `cancel` do there."""
 
-import copy
 import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from armillary.errors import ClusterError, JobError
-from armillary.k8s.client import POD, RAYJOB, WORKLOAD, Client, Kind, LogGone, NotFound
+from armillary.k8s.client import POD, RAYJOB, WORKLOAD, Client, Kind, LogGone, NotFound, Unreachable
 from armillary.k8s.phase import Phase, phase_of
 from armillary.k8s.rayjob import APP, PART, QUEUE, RUN, SUBMITTER
+from armillary.k8s.rayjob import RAYJOB as OF
+from armillary.launcher.job import Job, parse_toml, resolve
+from armillary.launcher.submission import rayjob_of
 
 LOOK_SECONDS = 2.0
+PATIENCE = 600.0  # seconds that a cluster may not answer whom it is followed by
+STALE = 60.0  # seconds after which figures that are told every ten seconds are old
 TAIL = 400  # lines of the log in which there is one that says how the run stands
 
 
@@ -34,16 +38,31 @@ class Seen:
         found = [pod for pod in self.pods if pod["metadata"]["labels"].get(PART) == "submitter"]
         return _newest(found)["metadata"]["name"] if found else ""
 
+    def log(self, client: Client, follow: bool = False, since: str = "", tail: int | None = None) -> Iterator[str]:
+        """The driver's output, each line with its time. LogGone."""
+        if not self.submitter:
+            raise LogGone("no pod has a log of it now", f"the run {self.run}", "wait for its pods")
+        yield from client.log(self.submitter, SUBMITTER, follow, tail, since)
 
-def submit(client: Client, rayjob: dict) -> None:
-    """Create it, once the server says that it would take it. ClusterError; then nothing is left behind."""
-    name = rayjob["metadata"]["name"]
-    run = rayjob["metadata"]["labels"][RUN]
-    if any(_name(one) != name and not phase_of(one).ended for one in _rayjobs(client, run)):
-        raise ClusterError(f"the run {run} is in the cluster already",
-                           f"namespace {client.namespace}", "name another with --run, or cancel that one")  # fmt: skip
+
+def submit(client: Client, job: Job, run: str, where: str, allow_tag: bool = False, force: bool = False) -> str:
+    """Start a run, or one that has ended anew: create a RayJob, once the server says that it would take it; its name.
+
+    JobError and ClusterError; then nothing is left behind. where: the job file.
+    """
+    before = _rayjobs(client, run)
+    if not all(phase_of(one).ended for one in before):
+        raise ClusterError(f"the run {run} is in the cluster already", f"namespace {client.namespace}",
+                           "name another with --run, or cancel that one")  # fmt: skip
+    if client.list(POD, {RUN: run, PART: "head"}):
+        raise ClusterError(f"pods of the run {run} are still there", f"namespace {client.namespace}",
+                           "they save: try again when they are gone")  # fmt: skip
+    numbers = [int(_name(one).removeprefix(f"{run}-r")) if _name(one) != run else 1 for one in before]
+    name = f"{run}-r{max(numbers) + 1}" if numbers else run
+    rayjob = rayjob_of(job, run, name, where, allow_tag, force)
     client.create(RAYJOB, rayjob, dry_run=True)
     client.create(RAYJOB, rayjob)
+    return name
 
 
 def look(client: Client, run: str) -> Seen:
@@ -58,7 +77,7 @@ def look(client: Client, run: str) -> Seen:
     workload = None
     if QUEUE in rayjob["metadata"]["labels"]:
         workload = _newest(_if_known(client, WORKLOAD, {"kueue.x-k8s.io/job-uid": rayjob["metadata"]["uid"]}))
-    return Seen(run, rayjob, workload, client.list(POD, {RUN: run}))
+    return Seen(run, rayjob, workload, client.list(POD, {OF: _name(rayjob)}))
 
 
 def status(client: Client, run: str) -> dict:
@@ -81,17 +100,25 @@ def status(client: Client, run: str) -> dict:
 
 def progress_of(client: Client, seen: Seen) -> tuple[dict | None, str]:
     """(how the run stood when it last said so, "") or (None, why that is not known)."""
-    if not seen.submitter:
-        return None, "no pod has a log of it yet"
     found = None
     try:
-        for line in client.log(seen.submitter, SUBMITTER, tail=TAIL):
+        for line in seen.log(client, tail=TAIL):
             event = event_of(line.partition(" ")[2])
             if event is not None and event["event"] == "progress":
                 found = event
     except LogGone as error:
-        return found, "" if found else error.what
-    return found, "" if found else "its driver has not said anything yet"
+        return found and up_to_date(found, seen.phase), "" if found else error.what
+    return found and up_to_date(found, seen.phase), "" if found else "its driver has not said anything yet"
+
+
+def up_to_date(progress: dict, phase: Phase, now: float | None = None) -> dict:
+    """What was said some time ago, as it is now: ages grow, and a pace of long ago is none."""
+    now = time.time() if now is None else now
+    saved = progress["checkpoint_time"]
+    found = progress | {"checkpoint_age_seconds": None if saved is None else round(now - saved, 1)}
+    if phase.name != "running" or now - progress["time"] > STALE:
+        found |= {"tokens_per_second": None, "eta_seconds": None}
+    return found
 
 
 def runs(client: Client) -> list[dict]:
@@ -133,22 +160,15 @@ def resume(client: Client, run: str) -> str:
     if seen.phase.name == "done":
         raise JobError(f"the run {run} is done", f"namespace {client.namespace}",
                        f"for more steps: `armillary submit JOB.toml --run {run} training.steps=...`")  # fmt: skip
-    again = next_rayjob(seen.rayjob)
-    submit(client, again)
-    return _name(again)
+    return submit(client, job_of(seen.rayjob), run, f"RayJob {_name(seen.rayjob)}", allow_tag=True, force=True)
 
 
-def next_rayjob(rayjob: dict) -> dict:
-    """The same once more, under the next name."""
-    run, name = rayjob["metadata"]["labels"][RUN], _name(rayjob)
-    number = int(name.removeprefix(f"{run}-r")) if name != run else 1
-    labels = {key: value for key, value in rayjob["metadata"]["labels"].items()}
-    spec = copy.deepcopy(rayjob["spec"])
-    for key in ("jobId", "clusterSelector"):
-        spec.pop(key, None)
-    spec["suspend"] = QUEUE in labels
-    return {"apiVersion": rayjob["apiVersion"], "kind": rayjob["kind"],
-            "metadata": {"name": f"{run}-r{number + 1}", "labels": labels}, "spec": spec}  # fmt: skip
+def job_of(rayjob: dict) -> Job:
+    """The job that a RayJob was made of. All else in it may have been changed meanwhile, by Kueue for one."""
+    head = rayjob["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
+    (text,) = [one["value"] for one in head["env"] if one["name"] == "ARMILLARY_JOB"]
+    where = f"RayJob {_name(rayjob)}"
+    return resolve(parse_toml(text.replace("$$", "$"), where), where)
 
 
 def cancel(client: Client, run: str) -> None:
@@ -169,11 +189,26 @@ def _set_running(client: Client, seen: Seen, running: bool) -> None:
         client.patch(WORKLOAD, _name(seen.workload), {"spec": {"active": running}})
 
 
+def watched(client: Client, run: str) -> Seen:
+    """`look`, for who follows: a cluster that cannot answer is asked again for PATIENCE seconds; a run that is gone
+    was cancelled."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return look(client, run)
+        except NotFound:
+            return Seen(run, None, None, [])
+        except Unreachable:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(LOOK_SECONDS)
+
+
 def wait_for_start(client: Client, run: str, say: Callable[[str], None]) -> None:
     """Until the run has a log or has ended; every change of its phase is said."""
     before = None
     while True:
-        seen = look(client, run)
+        seen = watched(client, run)
         if seen.phase != before:
             before = seen.phase
             say(f"{run} is {before.name}" + (f": {before.reason}" if before.reason else ""))
@@ -184,24 +219,22 @@ def wait_for_start(client: Client, run: str, say: Callable[[str], None]) -> None
 
 def log(client: Client, run: str, follow: bool) -> Iterator[str]:
     """The driver's output, line by line. Where it is followed: until the RayJob says that the run has ended, whatever
-    becomes of the stream."""
+    becomes of the stream. LogGone where there is none, and it is not followed."""
     last, same = "", set()  # the time of the last line, and the lines of that time: a new stream begins with them
     while True:
-        seen = look(client, run)
+        seen = watched(client, run) if follow else look(client, run)
         ended = seen.phase.ended
         try:
-            for line in (
-                client.log(seen.submitter, SUBMITTER, follow and not ended, since=last) if seen.submitter else ()
-            ):
+            for line in seen.log(client, follow and not ended, last):
                 at, _, text = line.partition(" ")
                 if at < last or (at == last and text in same):
                     continue
                 same = same | {text} if at == last else {text}
                 last = at
                 yield text
-        except LogGone as gone:
-            if not follow or ended:
-                raise gone from None
+        except LogGone:
+            if not follow:
+                raise
         if not follow or ended:
             return
         time.sleep(LOOK_SECONDS)

@@ -16,11 +16,13 @@ import fcntl
 import json
 import os
 import shutil
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import xxhash
 from pydantic import ValidationError
 
@@ -39,6 +41,7 @@ from armillary.training.health import Verdict
 
 DATA_MANIFEST = "data_manifest.json"
 LATEST = "latest"
+LOCK_SECONDS = 1.0
 KEPT = ("job.toml", "job.hash", DATA_MANIFEST, "events.jsonl")  # beside checkpoints elsewhere, to restore the run from
 
 
@@ -210,27 +213,36 @@ class Run:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run for one driver; JobError where another has it. A dead driver's hold ends with it."""
+        deadline = time.monotonic() + LOCK_SECONDS
         with open(self.path / "lock", "a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise JobError("the run is being trained already", self.path, "wait for it, or stop it") from None
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:  # who only looks holds it for a moment
+                    if time.monotonic() > deadline:
+                        raise JobError(
+                            "the run is being trained already", self.path, "wait for it, or stop it"
+                        ) from None
+                    time.sleep(0.05)
             file.truncate(0)
-            file.write(str(os.getpid()))
+            file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "began": _began(os.getpid())}))
             file.flush()
             yield
 
-    def driver(self) -> int | None:
-        """The process that holds the run, on this machine; None where none does."""
+    def driver(self) -> dict | None:
+        """{"host", "pid", "here"} of the process that holds the run; None where none does. here: on this machine."""
         try:
             with open(self.path / "lock") as file:
                 try:
                     fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                    return None
                 except BlockingIOError:
-                    return int(file.read())
+                    found = json.loads(file.read() or '{"host": "?", "pid": 0, "began": 0}')
         except FileNotFoundError:
-            pass
-        return None
+            return None
+        here = found["host"] == socket.gethostname() and _began(found["pid"]) == found["began"]
+        return {"host": found["host"], "pid": found["pid"], "here": here}
 
     def latest(self) -> Storage:
         """The checkpoint to go on from; CheckpointError where there is none."""
@@ -324,8 +336,25 @@ class Run:
         ]
         write_whole(self.targets_file, json.dumps(targets, indent=1) + "\n")
 
+    def remove_begun(self) -> None:
+        """Remove the directory of a start that was cut off, if there is one; JobError where something else is in it."""
+        if not self.path.exists():
+            return
+        found = {path.name for path in self.path.iterdir()}
+        if not found <= {DATA_MANIFEST, f".{DATA_MANIFEST}.tmp", ".job.toml.tmp"}:
+            raise JobError("a directory of that name is no run", self.path, "name the run otherwise")
+        self.remove()
+
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _began(pid: int) -> float | None:
+    """When a process of this machine did, which names it together with its number; None where there is none."""
+    try:
+        return psutil.Process(pid).create_time()
+    except psutil.NoSuchProcess:
+        return None
 
 
 def _pointer(name: str) -> bytes:

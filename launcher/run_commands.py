@@ -43,18 +43,23 @@ def submit(
     as_json: AsJson = False,
 ) -> None:
     """Start a run in a Kubernetes cluster, and follow it: Ctrl-C leaves it there."""
-    rayjob = _rayjob(job_file, overrides, queue, priority, run, allow_tag, force)
+    job, name = _job(job_file, overrides, queue, priority, run)
+    from armillary.launcher.submission import rayjob_of
+
+    rayjob_of(job, name, name, str(job_file), allow_tag, force)  # refused, if at all, before a cluster is asked
+    if not job.kubernetes.gpu_model and job.kubernetes.gpu:
+        _say("not planned: the planner does not know the GPUs (kubernetes.gpu_model)")
     from armillary.k8s.client import connected
-    from armillary.k8s.rayjob import RUN
     from armillary.launcher import remote
 
-    name = rayjob["metadata"]["labels"][RUN]
     with connected(context, namespace) as client:
-        remote.submit(client, rayjob)
-        _say(f"submitted as {name}; how it stands: armillary status {name}")
-        code = 0 if detach else _follow(client, name)
-        if as_json:
-            print(json.dumps(remote.status(client, name)))
+        rayjob = remote.submit(client, job, name, str(job_file), allow_tag, force)
+        _say(f"submitted as {rayjob}; how it stands: armillary status {name}")
+        try:
+            code = 0 if detach else _follow(client, name)
+        finally:
+            if as_json:
+                print(json.dumps(remote.status(client, name)))
     sys.exit(code)
 
 
@@ -69,9 +74,10 @@ def render(
     as_json: AsJson = False,
 ) -> None:
     """Print the RayJob that `submit` would create, as YAML; no cluster is asked."""
-    rayjob = _rayjob(job_file, overrides, queue, priority, run, allow_tag, force)
-    from armillary.launcher.submission import to_yaml
+    job, name = _job(job_file, overrides, queue, priority, run)
+    from armillary.launcher.submission import rayjob_of, to_yaml
 
+    rayjob = rayjob_of(job, name, name, str(job_file), allow_tag, force)
     print(json.dumps(rayjob) if as_json else to_yaml(rayjob), end="\n" if as_json else "")
 
 
@@ -234,15 +240,15 @@ def _cluster_of(run: str, context: str, namespace: str) -> Iterator:
         yield client
 
 
-def _rayjob(job_file: Path, overrides, queue: str, priority: str, run: str, allow_tag: bool, force: bool) -> dict:
+def _job(job_file: Path, overrides, queue: str, priority: str, run: str) -> tuple:
+    """The job, and the run's name."""
     from armillary.launcher.job import load_job
-    from armillary.launcher.submission import new_name, rayjob_of
+    from armillary.launcher.submission import new_name
 
     given = {"queue": queue, "priority": priority}
     own = [f'kubernetes.{key}="{value}"' for key, value in given.items() if value]
     job = load_job(job_file, [*overrides, *own])
-    name = run or new_name(job)
-    return rayjob_of(job, name, name, str(job_file), allow_tag, force)
+    return job, run or new_name(job)
 
 
 def _status(client, here, run: str) -> dict:
@@ -282,7 +288,7 @@ def _follow(client, run: str) -> int:
         for line in remote.log(client, run, follow=True):
             if remote.event_of(line) is None:
                 _say(line)
-        phase = remote.look(client, run).phase
+        phase = remote.watched(client, run).phase
     except KeyboardInterrupt:
         _say(f"the run goes on without you: armillary logs -f {run}; to end it: armillary cancel {run}")
         return 130
@@ -291,7 +297,7 @@ def _follow(client, run: str) -> int:
             f"the run {run} failed: {phase.reason}", f"armillary logs {run}", f"then: armillary resume {run}"
         )
     _say(f"{run} is {phase.name}")
-    return 0
+    return 0 if phase.name == "done" else 1
 
 
 def _say(text: str) -> None:

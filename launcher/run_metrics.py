@@ -33,6 +33,7 @@ METRICS = {  # name: (type, more labels, meaning)
     "checkpoint_step": ("gauge", (), "step of the last one; -1: there is none"),
     "checkpoint_last_success_timestamp_seconds": ("gauge", (), "when that was committed (Unix time), or, where there "
                                                   "is none, when the run began"),
+    "launch_timestamp_seconds": ("gauge", (), "when the launch at work, or the last one, began (Unix time)"),
 }  # fmt: skip
 
 
@@ -44,7 +45,7 @@ class RunCollector(Collector):
         self._reader, self._standing = Reader(run.events_file), Standing(steps)
         self._kinds: collections.Counter[str] = collections.Counter(dict.fromkeys(KINDS, 0))
         self._events: collections.Counter[str] = collections.Counter()
-        self._skipped, self._began = 0, 0.0
+        self._skipped, self._began, self._launched = 0, 0.0, 0.0
         self._lock = threading.Lock()  # two may scrape at once
 
     def describe(self) -> Iterable[Metric]:
@@ -68,6 +69,8 @@ class RunCollector(Collector):
         self._began = self._began or event["time"]
         self._standing.add(event)
         self._events[event["event"]] += 1
+        if event["event"] == "launch":
+            self._launched = event["time"]
         if event["event"] == "verdict":
             self._kinds[event["kind"]] += 1
             self._skipped += event.get("action") == "skip"
@@ -90,6 +93,7 @@ class RunCollector(Collector):
             "checkpoints": self._events["checkpoint"],
             "checkpoint_step": -1 if found.checkpoint_step is None else found.checkpoint_step,
             "checkpoint_last_success_timestamp_seconds": found.checkpoint_time or self._began,
+            "launch_timestamp_seconds": self._launched or self._began,
         }
 
 

@@ -158,8 +158,7 @@ def go_on(path: Path, job: Job, console: Console, fewer: bool = False) -> Summar
             job = resumable_job(run, job.with_absolute_paths(), state)
             until = until_step(job, 0, state.step if state else 0)
             return _train(run, job, until, checkpoint, console, fewer)
-    if path.exists():  # a start that was cut off
-        Run(path).remove()
+    Run(path).remove_begun()
     return start(job, path, 0, console)
 
 

@@ -162,7 +162,8 @@ def sign_in(name: str, address: str = "") -> Path | None:
     if not folder:
         return None
     path = Path(folder) / name
-    write_whole(path, json.dumps({"pid": os.getpid(), "address": address}))
+    began = psutil.Process().create_time()
+    write_whole(path, json.dumps({"pid": os.getpid(), "began": began, "address": address}))
     return path
 
 

@@ -8,6 +8,7 @@ KubeRay's documentation.
 
 import contextlib
 import os
+import re
 import secrets as secrets_
 import shlex
 import shutil
@@ -290,7 +291,7 @@ class Pod:
         self._api.store.update(self._key, {"status": {"phase": "Running"}})
 
     def wait_for_ray(self) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while "Ray runtime started" not in (text := self._said.read_text()):
             assert self.process.poll() is None, text
             assert time.monotonic() < deadline, text
@@ -334,7 +335,7 @@ class Pod:
         for mount in container.get("volumeMounts", ()):
             if text == mount["mountPath"] or text.startswith(f"{mount['mountPath']}/"):
                 return str(self._paths[mount["name"]]) + text[len(mount["mountPath"]) :]
-        return text.replace("$$(", "$(")
+        return re.sub(r"\$\$|\$\((\w+)\)", lambda found: "$" if found[0] == "$$" else os.environ["HOME"], text)
 
     def _log(self) -> None:
         lines = self._api.logs.setdefault(self.name, [])

@@ -95,10 +95,10 @@ def test_a_queued_run_waits_for_kueue_and_one_without_a_queue_starts():
 
 def test_kubernetes_puts_no_variable_into_the_job_file():
     one = submission(image=IMAGE)
-    job = ray_job(Submission(one.name, one.run, "a = '$(HOME)'", 1, 1, 30.0, one.config))
+    job = ray_job(Submission(one.name, one.run, "a = '$(HOME) $$ $'", 1, 1, 30.0, one.config))
     (text,) = (entry["value"] for one in containers(job) for entry in one.get("env", ())
                if entry["name"] == "ARMILLARY_JOB")  # fmt: skip
-    assert text == "a = '$$(HOME)'"
+    assert text == "a = '$$(HOME) $$$$ $$'"
 
 
 @given(tensor=st.sampled_from([1, 2, 4, 8]), groups=st.integers(1, 300), most=st.integers(1, 16))
@@ -125,7 +125,10 @@ def test_memory_is_multiplied_in_its_unit():
 WRONG = {
     "a long name": (lambda job: job["metadata"].update(name="a" * 48), "metadata.name"),
     "a name with a point": (lambda job: job["metadata"].update(name="a.b"), "metadata.name"),
-    "ttl without an end": (lambda job: job["spec"].update(shutdownAfterJobFinishes=False), "ttlSecondsAfterFinished"),
+    "ttl without an end": (
+        lambda job: job["spec"].update(shutdownAfterJobFinishes=False, ttlSecondsAfterFinished=9),
+        "ttlSecondsAfterFinished",
+    ),
     "suspend without an end": (
         lambda job: job["spec"].update(shutdownAfterJobFinishes=False, suspend=True, ttlSecondsAfterFinished=0),
         "spec.suspend",
@@ -137,6 +140,11 @@ WRONG = {
     "no token": (lambda job: job["spec"]["rayClusterSpec"].pop("authOptions"), "authOptions.mode"),
     "a token of Kubernetes": (
         lambda job: job["spec"]["rayClusterSpec"]["authOptions"].update(enableK8sTokenAuth=True), "enableK8sTokenAuth",
+    ),
+    "a head without a dashboard": (
+        lambda job: next(one for one in containers(job) if one["name"] == "ray-head").update(
+            ports=[{"name": "metrics", "containerPort": 8080}]
+        ), "ports",
     ),
     "a tag": (lambda job: containers(job)[0].update(image="armillary:1"), "image"),
     "no image": (lambda job: containers(job)[0].update(image=""), "image"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import time
 
@@ -17,7 +18,10 @@ def test_a_local_run_is_seen_suspended_resumed_and_cancelled(job_file, armillary
     process = started(tmp_path, "train", job_file, "training.steps=100000", "--run-dir", "runs/mine")
     wait_for(lambda: len(run.curve()) > 5, process)
     status = json.loads(armillary("status", "runs/mine", "--json").stdout)
-    assert (status["phase"], status["reason"]) == ("running", f"process {process.pid} drives it")
+    assert (status["phase"], status["reason"]) == (
+        "running",
+        f"process {process.pid} on {socket.gethostname()} drives it",
+    )
     assert status["progress"]["steps"] == 100_000
     assert status["progress"]["tokens_per_second"] > 0
     told = armillary("status", "runs/mine").stdout

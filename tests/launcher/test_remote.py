@@ -12,6 +12,7 @@ import tomli_w
 import yaml
 
 from armillary.k8s import client
+from armillary.k8s.phase import Phase
 from armillary.launcher import remote
 from tests.conftest import ARMILLARY, HEEDING, ROOT, refused
 from tests.k8s import schemas
@@ -23,7 +24,7 @@ IMAGE = "registry.example/armillary@sha256:" + "0" * 64
 JOB = {"name": "tiny", "kubernetes": {"image": IMAGE, "queue": "train", "volume": "armillary", "cpus_per_rank": 2}}
 PROGRESS = {"time": 1e9, "event": "progress", "state": "training", "step": 40, "steps": 100, "loss": 2.5, "tokens": 9,
             "tokens_per_second": 1234.0, "eta_seconds": 61.0, "ranks": 1, "generation": 1, "restarts": 1,
-            "checkpoint_step": 20, "checkpoint_age_seconds": 30.0, "error": None,
+            "checkpoint_step": 20, "checkpoint_time": None, "error": None,
             "verdict": {"event": "verdict", "kind": "lost node", "what": "rank 1 is gone", "remedy": ""}}  # fmt: skip
 
 pytestmark = pytest.mark.skipif(not schemas.CRDS.is_dir(), reason="../shared/crds, with the real schemas, is not here")
@@ -122,19 +123,22 @@ def test_a_run_is_submitted_seen_and_cancelled_and_nothing_is_left(api, space, s
     assert "dryRun=All" in posts[0]
     assert "dryRun" not in posts[1]
     assert all("fieldValidation=Strict" in path for path in posts)
-    assert api.store.get(rayjob(space))["spec"]["backoffLimit"] == 3
+    assert api.store.get(rayjob(space))["spec"]["backoffLimit"] == 1
 
-    refused(shell("submit", "job.toml", "--run", "mine", "--detach"), "there is a RayJob mine already", "--run")
-    begin(api, space, json.dumps(PROGRESS), "a line for people")
+    refused(shell("submit", "job.toml", "--run", "mine", "--detach"), "the run mine is in the cluster already", "--run")
+    said = PROGRESS | {"time": time.time(), "checkpoint_time": time.time() - 30}
+    begin(api, space, json.dumps(said), "a line for people")
     status = json.loads(shell("status", "mine", "--json").stdout)
     assert (status["phase"], status["queue"]) == ("running", "train")
     assert status["progress"]["step"] == 40
     told = shell("status", "mine").stdout
-    for words in ("running", "40 of 100", "1,234 tokens/s, ETA 1:01", "of step 20, 0:30 ago", "restarts  1",
+    for words in ("running", "40 of 100", "1,234 tokens/s, ETA 1:01", "of step 20, 0:3", "restarts  1",
                   "lost node: rank 1 is gone"):  # fmt: skip
         assert words in told
     assert shell("logs", "mine").stdout == "a line for people\n"
-    assert json.loads(shell("logs", "mine", "--json").stdout) == PROGRESS
+    assert json.loads(shell("logs", "mine", "--json").stdout) == said
+    old = remote.up_to_date(said, Phase("running"), said["time"] + 3600)
+    assert (old["checkpoint_age_seconds"], old["tokens_per_second"], old["step"]) == (3630.0, None, 40)
     assert [one["run"] for one in json.loads(shell("list", "--cluster", "--json").stdout)["runs"]] == ["mine"]
 
     assert shell("cancel", "mine").returncode == 0
@@ -234,6 +238,9 @@ def test_a_failed_run_goes_on_as_a_new_rayjob_and_one_that_runs_or_is_done_does_
         begin(api, space, name=f"mine-r{number}")
         end(api, space, succeeded=number == 3, name=f"mine-r{number}")
     refused(shell("resume", "mine"), "the run mine is done", "training.steps")
+    more = shell("submit", "job.toml", "training.steps=2000", "--run", "mine", "--detach")
+    assert "submitted as mine-r4" in more.stderr
+    assert "steps = 2000" in remote.job_of(api.store.get(rayjob(space, "mine-r4"))).to_toml()
     refused(shell("resume", "mine", "parallel.data=2"), "goes on as it was submitted", "armillary submit")
     assert shell("cancel", "mine").returncode == 0
     assert not [key for key in api.store.objects if key.namespace == space]

@@ -13,7 +13,7 @@ RUN = {"namespace": "n", "run": "r"}
 RANKS = [RUN | {"rank": rank} for rank in "01"]
 GPU = {"Hostname": "h", "gpu": "0"}
 LONG = 600  # minutes
-STATES = ("starting", "training", "waiting", "done")
+STATES = ("starting", "training", "waiting", "done", "failed")
 
 
 def of(name: str, labels: dict[str, str], **more: str) -> str:
@@ -51,17 +51,19 @@ def healthy() -> dict[str, str]:
         | ranks("step_duration_seconds_sum", f"0+55x{LONG}")
         | run("step", f"0+10x{LONG}") | run("ranks", f"2+0x{LONG}") | run("ranks_planned", f"2+0x{LONG}")
         | run("restarts_total", zero) | run("nonfinite_steps_total", zero) | run("spike_steps_total", zero)
-        | run("checkpoint_last_success_timestamp_seconds", f"0+60x{LONG}")
-        | {of("DCGM_FI_DEV_XID_ERRORS", GPU): zero, of("DCGM_FI_DEV_ECC_DBE_VOL_TOTAL", GPU): zero}
+        | run("checkpoint_last_success_timestamp_seconds", f"0+60x{LONG}") | run("launch_timestamp_seconds", zero)
+        | {of("armillary_train_phase", rank, phase="start"): zero for rank in RANKS}
+        | {of("DCGM_FI_DEV_XID_ERRORS", GPU): zero}
     )  # fmt: skip
 
 
 # What is otherwise than in a healthy run, the minute at which the alert is there, and whom it names.
 CASES = {
     "ArmillaryStalled": (ranks("steps_total", "0+10x60 600+0x60"), 75, RUN),
-    "ArmillaryRankSilent": (ranks("progress_timestamp_seconds", f"0+60x{LONG}", "0+60x60 3600+0x60"), 70, RANKS[1]),
+    "ArmillaryRankSilent": (ranks("progress_timestamp_seconds", f"0+60x{LONG}", "0+60x60 3600+0x60"), 80, RUN),
     "ArmillaryRankUnscraped": (ranks("steps_total", f"0+10x{LONG}", "0+10x60 stale"), 70, RUN),
     "ArmillaryGone": (states(training="1+0x60 stale") | run("step", "0+10x60 stale"), 80, RUN),
+    "ArmillaryFailed": (states(training="1+0x60 0", failed="0+0x60 1 stale"), 64, RUN),
     "ArmillaryNonFinite": (run("nonfinite_steps_total", "0+0x60 1+0x60"), 65, RUN),
     "ArmillarySpikes": (run("spike_steps_total", "0+0x60 5+0x60"), 65, RUN),
     "ArmillaryRestartLoop": (run("restarts_total", "0+0x60 1+0x9 2+0x9 4+0x60"), 100, RUN),
@@ -122,12 +124,25 @@ def test_all_are_silent_on_a_healthy_run(promtool):
 
 
 def test_all_are_silent_when_a_run_has_ended(promtool):
-    """Its driver and its ranks have said so before they went."""
+    """Its driver has said so for as long as a scrape may take (launcher.pod.LINGER_SECONDS)."""
     ended = {series: "0+0x60 stale" if "armillary" in series else values for series, values in healthy().items()}
     ended |= states(training="1+0x59 0 stale", done="0+0x59 1 stale")
     ended |= ranks("progress_timestamp_seconds", "0+60x60 stale")
     ended |= run("checkpoint_last_success_timestamp_seconds", "0+60x60 stale")
     promtool(*((ended, minute, name, None) for name in CASES for minute in (62, 70, 80, 120)))
+
+
+def test_a_run_that_comes_back_after_a_night_is_not_late_with_its_checkpoint(promtool):
+    """Nor is a rank silent that has yet to begin, nor a GPU faulty on which a program failed."""
+    back = healthy() | run("checkpoint_last_success_timestamp_seconds", "0+0x119 0+0x8 7620+60x500")
+    back |= run("launch_timestamp_seconds", "0+0x119 7200+0x500")
+    promtool(*((back, minute, "ArmillaryCheckpointStale", None) for minute in (121, 127, 140)))
+    slow = healthy() | ranks("progress_timestamp_seconds", f"0+0x{LONG}")
+    slow |= {of("armillary_train_phase", rank, phase="start"): f"1+0x{LONG}" for rank in RANKS}
+    promtool((slow, 60, "ArmillaryRankSilent", None))
+    promtool((healthy() | {of("DCGM_FI_DEV_XID_ERRORS", GPU): "0+0x60 31+0x60"}, 65, "ArmillaryGpuFault", None))
+    once = healthy() | {of("DCGM_FI_DEV_XID_ERRORS", GPU): "0+0x60 79+0x500"}
+    promtool((once, 65, "ArmillaryGpuFault", GPU), (once, 200, "ArmillaryGpuFault", None))
 
 
 def test_a_run_that_begins_or_comes_back_alarms_nobody(promtool):

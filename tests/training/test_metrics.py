@@ -3,6 +3,7 @@ import os
 import time
 import urllib.request
 
+import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -68,6 +69,6 @@ def test_an_address_is_in_the_folder_as_long_as_it_answers(tmp_path, monkeypatch
     metrics = Metrics("run", 0, Layout(), 0)
     address = metrics.serve(MetricsConfig())
     signed = json.loads((tmp_path / "metrics" / "rank-00000").read_text())
-    assert signed == {"pid": os.getpid(), "address": address}
+    assert signed == {"pid": os.getpid(), "began": psutil.Process().create_time(), "address": address}
     metrics.close()
     assert not list((tmp_path / "metrics").iterdir())
