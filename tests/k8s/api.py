@@ -60,6 +60,7 @@ class Api:
 
     def __init__(self, folder: Path, without: tuple[str, ...] = ()):
         self.store, self.logs, self.requests = Store(), {}, []
+        self.busy = 0  # how many of the next requests are not answered but for that
         self.broken_logs = 0  # how many of the next log streams end after their first line
         self._folder, self._tokens = folder, {}
         self._kinds = {}
@@ -132,6 +133,9 @@ class Api:
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         self.requests.append((request.method, request.path_qs))
         try:
+            if self.busy:
+                self.busy -= 1
+                raise Refused(503, "ServiceUnavailable", "the server is currently unable to handle the request")
             return await self._route(request)
         except Refused as refused:
             status = {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "code": refused.code,

@@ -331,6 +331,41 @@ def test_a_cluster_without_kuberay_or_with_an_old_one(tmp_path, monkeypatch):
         schemas._of_crd.cache_clear()
 
 
+def test_who_follows_is_patient_with_a_cluster_that_cannot_answer(api, space, shell, monkeypatch):
+    monkeypatch.setattr(remote, "LOOK_SECONDS", 0.1)
+    monkeypatch.setenv("KUBECONFIG", shell.environment["KUBECONFIG"])
+    submitted(shell)
+    begin(api, space, "hello")
+    end(api, space)
+    with client.connected() as connected:
+        api.busy = 5
+        assert list(remote.log(connected, "mine", follow=True)) == ["hello"]
+        assert api.busy == 0
+        api.busy = 1
+        with pytest.raises(client.Unreachable, match="cannot answer now"):
+            remote.look(connected, "mine")
+        api.busy = 1000
+        monkeypatch.setattr(remote, "PATIENCE", 0.3)
+        with pytest.raises(client.Unreachable):
+            list(remote.log(connected, "mine", follow=True))
+        api.busy = 0
+        api.store.remove(rayjob(space))
+        assert remote.watched(connected, "mine").phase.name == "cancelled"
+
+
+def test_a_log_that_may_not_be_read_is_no_log_that_is_not_there(api, space, shell, tmp_path):
+    rules = yaml.safe_load_all((ROOT / "k8s/base/rbac.yaml").read_text())
+    role, binding, _ = rules
+    role["rules"] = [rule for rule in role["rules"] if rule["resources"] != ["pods/log"]]
+    for thing in (role, binding):
+        shell.kubectl("apply", "--server-side", "-f", "-", given=yaml.safe_dump(thing))
+    submitted(shell)
+    begin(api, space, "hello")
+    blind = Shell(tmp_path, api.kubeconfig(f"{space}-blind", "armillary-submitters", namespace=space))
+    for command in (["logs", "-f", "mine"], ["logs", "mine"], ["status", "mine"]):
+        refused(blind(*command), "you may not do this", "pods/log")
+
+
 def test_who_interrupts_a_submit_leaves_the_run_there(api, space, shell):
     process = shell.start("submit", "job.toml", "--run", "mine")
     wait_for(lambda: api.store.get(rayjob(space)))

@@ -1,9 +1,12 @@
 import json
+import os
+import socket
 
 import pytest
 
 from armillary.data_pipeline.shards import Manifest
 from armillary.errors import CheckpointError, JobError
+from armillary.launcher import local
 from armillary.launcher.job import resolve
 from armillary.launcher.run import Run
 from tests.chaos.saves import latest, save
@@ -99,6 +102,35 @@ def test_targets_keep_their_series_when_ports_change(run):
         targets = json.loads(run.targets_file.read_text())
         assert [t["targets"] for t in targets] == [[f"127.0.0.1:{n}"] for n in (5000, port, port + 1)]
         assert [t["labels"]["instance"] for t in targets] == ["run/driver", "run/0", "run/1"]
+
+
+def test_a_run_held_on_another_machine_is_not_ended_from_here(run):
+    assert run.driver() is None
+    with run.locked():
+        assert run.driver() == {"host": socket.gethostname(), "pid": os.getpid(), "here": True}
+        held = json.loads((run.path / "lock").read_text())
+        for change in ({"host": "elsewhere"}, {"began": held["began"] - 1}, {"pid": 1}):
+            (run.path / "lock").write_text(json.dumps(held | change))
+            assert run.driver()["here"] is False
+            with pytest.raises(JobError, match="its driver is a process on"):
+                local.cancel(run)
+        with pytest.raises(JobError, match="being trained already"), run.locked():
+            pass
+    assert run.driver() is None
+
+
+def test_only_a_start_that_was_cut_off_is_removed(tmp_path):
+    begun = Run(tmp_path / "begun")
+    begun.remove_begun()
+    begun.path.mkdir()
+    (begun.path / "data_manifest.json").write_text("{}")
+    begun.remove_begun()
+    assert not begun.path.exists()
+    begun.path.mkdir()
+    (begun.path / "thesis.tex").write_text("years of work")
+    with pytest.raises(JobError, match="no run"):
+        begun.remove_begun()
+    assert (begun.path / "thesis.tex").exists()
 
 
 def test_generations_count_up(run):
