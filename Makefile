@@ -53,11 +53,11 @@ test-interpreted: $(READY)
 test-monitoring: $(READY) tools
 	$(BIN)/python -m pytest tests/monitoring $(ARGS)
 
-# Prometheus' own programs, of Debian's packages; on other systems, or without root, install them beforehand.
-TOOLS := promtool prometheus prometheus-alertmanager
+# Prometheus' own programs and a browser, of Debian's packages; on other systems, or without root, install them beforehand.
+TOOLS := promtool prometheus prometheus-alertmanager chromium
 tools:
 	@for tool in $(TOOLS); do command -v $$tool >/dev/null || missing=$$tool; done; [ -z "$$missing" ] || \
-	  apt-get install --yes --no-install-recommends prometheus prometheus-alertmanager
+	  apt-get install --yes --no-install-recommends prometheus prometheus-alertmanager chromium
 
 long: $(READY)
 	$(BIN)/armillary train examples/easy_vqa_long.toml $(ARGS)

@@ -1,4 +1,4 @@
-"""Prometheus' own programs, of Debian's packages; `make tools` installs them."""
+"""Prometheus' own programs and a browser, of Debian's packages; `make tools` installs them."""
 
 import shutil
 
