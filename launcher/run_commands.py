@@ -181,7 +181,7 @@ def suspend(run: RunName, context: Context = "", namespace: Namespace = "") -> N
             from armillary.launcher.remote import suspend as end
 
             end(client, run)
-    _say(f"{run} is suspended; it goes on with: armillary resume {run}")
+    _say(f"{run} saves and gives its machines back; it goes on with: armillary resume {run}")
 
 
 def cancel(run: RunName, context: Context = "", namespace: Namespace = "") -> None:

@@ -101,14 +101,7 @@ def train_step(
         torch.cuda.synchronize(device)  # which the figures below need anyway: now it is known who waits for whom
     computed = time.perf_counter()
     heartbeat.enter("reduce")
-    first_tensor = parallel_state.get_tensor_model_parallel_rank() == 0
-    sums_2S = [0.0] * 2 * sources
-    if first_tensor and parallel_state.is_pipeline_last_stage():
-        sums_2S = sum(sums).flatten().tolist()
-    work = [0.0] * 3
-    if first_tensor and parallel_state.is_pipeline_first_stage() and parallel_state.get_context_parallel_rank() == 0:
-        work = [step.count * step.positions, step.pairs, step.images]
-    agreed = torch.tensor([*sums_2S, *work, *flags], dtype=torch.float64, device=device)
+    agreed = torch.tensor([*_share(step, sums, sources), *flags], dtype=torch.float64, device=device)
     dist.all_reduce(agreed)
     figures = agreed.tolist()
     met = time.perf_counter()
@@ -127,6 +120,19 @@ def train_step(
         met - computed,
         time.perf_counter() - met,
     )
+
+
+def _share(step: DeviceStep, sums: list[torch.Tensor], sources: int) -> list[float]:
+    """What this rank adds to the figures of all: losses and weights by source, and the work; 0 where another rank of
+    those that share rows or layers does."""
+    first_tensor = parallel_state.get_tensor_model_parallel_rank() == 0
+    sums_2S = [0.0] * 2 * sources
+    if first_tensor and parallel_state.is_pipeline_last_stage():
+        sums_2S = sum(sums).flatten().tolist()
+    work = [0.0] * 3
+    if first_tensor and parallel_state.is_pipeline_first_stage() and parallel_state.get_context_parallel_rank() == 0:
+        work = [step.count * step.positions, step.pairs, step.images]
+    return [*sums_2S, *work]
 
 
 def _pipeline(forward, stages: Sequence[MultimodalModel], step: DeviceStep) -> list[torch.Tensor]:

@@ -6,6 +6,7 @@ folder of the test's. What the operator adds to a pod's command and environment 
 KubeRay's documentation.
 """
 
+import abc
 import contextlib
 import os
 import re
@@ -43,7 +44,7 @@ FAST = {  # a node that is gone is to be seen within seconds
 }
 
 
-class Controller(threading.Thread):
+class Controller(threading.Thread, abc.ABC):
     """Looks at the cluster again and again; use as a context."""
 
     def __init__(self, api: Api):
@@ -70,8 +71,9 @@ class Controller(threading.Thread):
         finally:
             self.end()
 
+    @abc.abstractmethod
     def look(self) -> None:
-        raise NotImplementedError
+        """See how the cluster is, and do what there is to do."""
 
     def end(self) -> None:
         """Leave nothing."""
