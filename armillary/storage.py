@@ -3,9 +3,9 @@
 import contextlib
 import errno
 import os
+import re
 import shutil
 import time
-import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -53,6 +53,11 @@ class Storage(Protocol):
 def is_url(path: str) -> bool:
     """Whether a path is on another machine."""
     return "://" in path
+
+
+def has_password(path: str) -> bool:
+    """Whether it is a URL with one in it, which everybody sees who sees the URL."""
+    return re.match(r"[^/]*://[^/]*:[^/]*@", path) is not None
 
 
 def open_storage(location: str | Path, error: type[ArmillaryError]) -> Storage:
@@ -171,7 +176,7 @@ class RemoteStorage:
 
 def connect(url: str, error: type[ArmillaryError]) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system behind a URL and the path in it; `error` where it cannot be used."""
-    if urllib.parse.urlsplit(url).password is not None:
+    if has_password(url):
         raise error("the URL has a password in it", "", "give credentials through the environment")
     options = {"use_listings_cache": False}
     if url.startswith("s3://"):

@@ -9,12 +9,21 @@ from pathlib import Path
 
 import yaml
 
-RULE_FILE = Path(__file__).parent / "base" / "alerts.yaml"
+RULE_FILE = Path(__file__).parent / "cluster" / "alerts.yaml"
 RUNBOOK = "docs/operations.md#"
 BY = "by (namespace, run)"
 ON = "on (namespace, run)"
 UNDER_WAY = "starting|training|waiting"
+IN_CLUSTER = 'namespace!="",'  # elsewhere a driver may go as it likes
+ENDED = "stopped|done|failed|cancelled"
 TRAINING = f'max {BY} (armillary_run_state{{state="training"}}) == 1'
+
+
+def last(states: str, where: str = "") -> str:
+    """When a driver last said that its run is in one of these states; nothing after half an hour. A run's pods follow
+    each other, and what one said before it went is not what holds. where: labels of runs that count."""
+    found = f'armillary_run_state{{{where}state=~"{states}"}} == 1'
+    return f"max {BY} (max_over_time(timestamp({found})[30m:15s]))"
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,6 @@ class Alert:
 # Figures that several expressions need, once a run.
 RECORDS = {
     "run:armillary_tokens:rate5m": f"sum {BY} (rate(armillary_train_tokens_total[5m]))",
-    "run:armillary_step_seconds:rate5m": f"avg {BY} (rate(armillary_train_step_duration_seconds_sum[5m]))",
 }
 
 ALERTS = (
@@ -49,18 +57,19 @@ ALERTS = (
     ),
     Alert(
         "ArmillaryRankUnscraped",
-        f"count {BY} (armillary_train_steps_total) < {ON} max {BY} (armillary_run_ranks)",
+        f"(count {BY} (armillary_train_steps_total) or 0 * max {BY} (armillary_run_ranks)) "
+        f"< {ON} max {BY} (armillary_run_ranks) and {ON} {TRAINING}",
         "5m", "warning", "{{ $value }} ranks of {{ $labels.run }} answer, there should be more",
     ),
     Alert(
         "ArmillaryGone",
-        f'(max {BY} (last_over_time(armillary_run_state{{namespace!="",state=~"{UNDER_WAY}"}}[30m])) == 1) '
+        f"({last(UNDER_WAY, IN_CLUSTER)} unless {ON} ({last(ENDED)} > {ON} {last(UNDER_WAY)})) "
         f"unless {ON} max {BY} (armillary_run_step)",
         "5m", "critical", "{{ $labels.run }} was under way, and tells nothing any more",
     ),
     Alert(
         "ArmillaryFailed",
-        f'max {BY} (last_over_time(armillary_run_state{{state="failed"}}[30m])) == 1',
+        f"{last('failed')} unless {ON} ({last(f'{UNDER_WAY}|stopped|done')} > {ON} {last('failed')})",
         "1m", "critical", "{{ $labels.run }} has failed",
     ),
     Alert(
@@ -81,7 +90,7 @@ ALERTS = (
     Alert(
         "ArmillaryWaiting",
         f'max {BY} (armillary_run_state{{state="waiting"}}) == 1',
-        "15m", "critical", "{{ $labels.run }} waits for machines",
+        "2m", "critical", "{{ $labels.run }} waits for machines",
     ),
     Alert(
         "ArmillaryFewerRanks",
@@ -144,13 +153,15 @@ def groups(pace: float = 1.0) -> list[dict]:
 
 
 def paced(expr: str, pace: float) -> str:
-    """An expression with its windows, as [10m], multiplied."""
+    """An expression with its windows, as [10m] and [30m:15s], multiplied."""
     if pace == 1.0:
         return expr
     seconds = {"s": 1, "m": 60, "h": 3600}
-    return re.sub(
-        r"\[(\d+)([smh])\]", lambda match: f"[{round(int(match[1]) * seconds[match[2]] * pace * 1000)}ms]", expr
-    )
+
+    def shorter(found: re.Match) -> str:
+        return f"{round(int(found[1]) * seconds[found[2]] * pace * 1000)}ms"
+
+    return re.sub(r"\[[\dsmh:]+\]", lambda window: re.sub(r"(\d+)([smh])", shorter, window[0]), expr)
 
 
 def prometheus_rule() -> dict:
@@ -158,13 +169,14 @@ def prometheus_rule() -> dict:
     return {
         "apiVersion": "monitoring.coreos.com/v1",
         "kind": "PrometheusRule",
-        "metadata": {"name": "armillary", "labels": {"app.kubernetes.io/part-of": "armillary"}},
+        "metadata": {"name": "armillary", "namespace": "monitoring",
+                     "labels": {"app.kubernetes.io/part-of": "armillary"}},
         "spec": {"groups": groups()},
-    }
+    }  # fmt: skip
 
 
 def text() -> str:
-    """Of k8s/base/alerts.yaml."""
+    """Of k8s/cluster/alerts.yaml."""
     made = "# Made by `python -m armillary.k8s.alerts` from the table there.\n"
     return made + yaml.safe_dump(prometheus_rule(), sort_keys=False, width=1000)
 

@@ -49,6 +49,10 @@ class NotFound(ClusterError):
     """The object is not there."""
 
 
+class NoSuchKind(ClusterError):
+    """The cluster does not know objects of this kind."""
+
+
 class LogGone(ClusterError):
     """A log could not be read on: its stream broke, or the pod is not there (yet, or any more)."""
 
@@ -141,7 +145,7 @@ class Client:
         if code == 404 and name and f'"{name}" not found' in said:
             return NotFound(f"there is no {kind.name} {name}", f"namespace {space}", "`armillary list` has all")
         if code == 404:
-            return ClusterError(f"the cluster knows no {kind.name} ({kind.api})", server, install)
+            return NoSuchKind(f"the cluster knows no {kind.name} ({kind.api})", server, install)
         if code == 409 and method == "POST":
             return ClusterError(f"there is a {kind.name} {name} already", f"namespace {space}", NAME_OTHERWISE)
         if "strict decoding error" in said:

@@ -33,4 +33,4 @@ class KubernetesConfig(Table):
     secret: Name = Field("", description="Secret whose keys become environment variables: an object store's keys")
     service_account: Name = Field("", description="of the pods, for a cloud's identity; no token is mounted")
     start_deadline: int = Field(1800, ge=1, description="seconds that admitted pods may take until the driver runs")
-    retries: int = Field(1, ge=0, le=100, description="times that a run whose head was lost gets a new cluster")
+    retries: int = Field(3, ge=0, le=100, description="times that a run whose head was lost or drained gets a new one")

@@ -10,7 +10,7 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.common import StackingMode
 from grafana_foundation_sdk.models.dashboard import DataSourceRef, VariableRefresh
 
-FILE = Path(__file__).parent / "base" / "dashboard.json"
+FILE = Path(__file__).parent / "cluster" / "dashboard.json"
 RUN = 'namespace=~"$namespace", run="$run"'
 SOURCE = DataSourceRef(type_val="prometheus", uid="$datasource")
 WINDOW = "$__rate_interval"
@@ -176,7 +176,7 @@ def _panel(panel: Panel):
 
 
 def text() -> str:
-    """Of k8s/base/dashboard.json."""
+    """Of k8s/cluster/dashboard.json."""
     return JSONEncoder(sort_keys=True, indent=1).encode(dashboard().build()) + "\n"
 
 

@@ -16,18 +16,22 @@ SLACK = 30  # seconds for what comes before and after an emergency save
 # The operator has a label app.kubernetes.io/name of its own, by which its services find pods.
 APP, RUN, PART = (f"app.kubernetes.io/{name}" for name in ("part-of", "instance", "component"))
 RAYJOB = "armillary/rayjob"  # label of pods: of which of a run's RayJobs
+SUBMITTERS = 20  # times that the submitter's pod may be lost: each finds what it was to begin
 SUBMITTER = "ray-job-submitter"  # the container whose output is the driver's
 QUEUE, PRIORITY = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"
 RACK = "kueue.x-k8s.io/podset-preferred-topology"
 USER = 1000
 PYTHON = "python -m armillary.launcher.pod"
+ENTRYPOINT = f"{PYTHON} train"
 
 
 @dataclass(frozen=True)
 class Submission:
-    """One submission of a run. name: the RayJob's; job: the job file; grace: seconds for an emergency save."""
+    """One submission of a run. name: the RayJob's; made: when, which tells it from all others of the run; job: the job
+    file; grace: seconds for an emergency save."""
 
     name: str
+    made: str
     run: str
     job: str
     world_size: int
@@ -63,13 +67,14 @@ def ray_job(submission: Submission) -> dict:
         "kind": "RayJob",
         "metadata": {"name": submission.name, "labels": labels | queued},
         "spec": {
-            "entrypoint": f"{PYTHON} train",
+            "entrypoint": ENTRYPOINT,
             "suspend": bool(queued),  # until Kueue has room for all of it
             "submissionMode": "K8sJobMode",
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": 0,  # of the machines: the RayJob and the driver's log stay until it is cancelled
             "preRunningDeadlineSeconds": config.start_deadline,
             "backoffLimit": config.retries,
+            "submitterConfig": {"backoffLimit": SUBMITTERS},
             "submitterPodTemplate": {"metadata": {"labels": labels | {PART: "submitter"}}, "spec": _submitter(config)},
             "rayClusterSpec": {
                 "rayVersion": version("ray"),
@@ -101,10 +106,11 @@ def _annotations(config: KubernetesConfig) -> dict:
 
 
 def _submitter(config: KubernetesConfig) -> dict:
-    """Hands the command to Ray's head and shows its output; the operator's own template is not 'restricted'."""
-    return _pod(config, [_container(SUBMITTER, config, {"cpu": "500m", "memory": "512Mi"})]) | {
-        "restartPolicy": "Never"
-    }
+    """Hands the command to Ray's head and shows its output. The operator's own template is not 'restricted', and where
+    its own command loses the log's stream, the run fails."""
+    container = _container(SUBMITTER, config, {"cpu": "500m", "memory": "1Gi"})
+    container["command"] = [*PYTHON.split(), "submit"]
+    return _pod(config, [container]) | {"restartPolicy": "Never"}
 
 
 def _head(submission: Submission) -> dict:
@@ -113,7 +119,7 @@ def _head(submission: Submission) -> dict:
     # Kubernetes puts the value of NAME for $(NAME), and $ for $$.
     environment = {
         "ARMILLARY_RUN": submission.run,
-        "ARMILLARY_RAYJOB": submission.name,
+        "ARMILLARY_SUBMISSION": f"{submission.name} {submission.made}",
         "ARMILLARY_JOB": submission.job.replace("$", "$$"),
         "RAY_JOB_STOP_WAIT_TIME_S": str(round(submission.grace) + SLACK),  # of a run that is cancelled; else 3
     }

@@ -82,7 +82,7 @@ def resume(
         if overrides or stop_at or from_step is not None or allow or address or force:
             raise JobError("a run in a cluster goes on as it was submitted", str(run),
                            f"with other keys: `armillary submit JOB.toml --run {run} TABLE.KEY=VALUE`")  # fmt: skip
-        run_commands.resume_in_cluster(str(run), context, namespace, detach)
+        run_commands.resume_in_cluster(str(run), context, namespace, detach, as_json)
         return
     from armillary.launcher.train import resume as go_on
 

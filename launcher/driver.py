@@ -58,16 +58,27 @@ class Driver:
         self._run, self._job, self._until, self._metrics = run, job, until, metrics
         self._machines, self._view, self._stop = machines, view, stop
         self._before: list[dict] = []  # places of the ranks of earlier launches, where none has come since
+        self._done = 0  # the step that the last launch began after
         self._launches, self._in_vain = 0, 0  # in_vain: launches in a row that a fault ended without a new checkpoint
         self._back_to: int | None = None  # the step that the last rewind went back to
         self._rewinds = 0  # in a row without a new checkpoint
 
     def drive(self, resume: Storage | None, fewer: bool) -> Outcome:
-        """See `drive`."""
+        """See `drive`. However it ends, an event says so."""
+        try:
+            return self._drive(resume, fewer)
+        except ArmillaryError as error:
+            if self._stop.terminated_at is None:
+                self._run.failed(error)
+            else:  # who was told to make room has not failed
+                self._run.event("ended", step=self._done, interrupted=True)
+            raise
+
+    def _drive(self, resume: Storage | None, fewer: bool) -> Outcome:
         least = self._job.cluster.min_ranks if fewer else self._job.parallel.world_size
         plan = self._placed(Plan(self._job, [], resume, self._until), least)
         while True:
-            done, error = plan.done, None  # the checkpoint may be pruned meanwhile
+            self._done, error = plan.done, None  # the checkpoint may be pruned meanwhile
             try:
                 ended = self._launch(plan)
                 if not ended.growing:
@@ -75,7 +86,7 @@ class Driver:
             except (FaultError, LossError, ClusterError) as failed:
                 error = failed
             self._launches += 1
-            plan = self._placed(self._next(done, error), self._job.cluster.min_ranks)
+            plan = self._placed(self._next(self._done, error), self._job.cluster.min_ranks)
 
     def _next(self, done: int, error: ArmillaryError | None) -> Plan:
         """Where to go on from after a launch that began at step `done`; raises its error where that is enough."""
@@ -151,7 +162,8 @@ class Driver:
             )
             ended = watcher.watch()
         except ArmillaryError as error:
-            run.event("failed", generation=number, error=str(error))
+            if self._stop.terminated_at is None:
+                run.failed(error)
             raise
         except OSError as error:
             raise RunError(

@@ -6,7 +6,9 @@ Who does not answer within ASK_SECONDS is left out, and shows by that it is stuc
 import contextlib
 import http.client
 import json
+import signal
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,19 +20,24 @@ from prometheus_client.registry import Collector
 from armillary.errors import ClusterError
 
 ASK_SECONDS = 3.0
+LOOK_SECONDS = 0.5
 AT_ONCE = 32
 
 
 def serve(folder: Path, port: int) -> None:
-    """Answer for all of the folder, on every interface, until this process is ended. ClusterError where the port is
-    taken."""
+    """Answer for all of the folder, on every interface. Told to end (SIGTERM), it does when nobody there answers any
+    more: the last figures are to be seen. ClusterError where the port is taken."""
+    told = threading.Event()
+    signal.signal(signal.SIGTERM, lambda number, frame: told.set())  # the first process of a container has no default
     registry = CollectorRegistry()
     registry.register(Together(folder))
     try:
         start_http_server(port, "0.0.0.0", registry)
     except OSError as error:
         raise ClusterError(f"the metrics cannot be served: {error}", f"port {port}", "name another --port") from None
-    threading.Event().wait()
+    told.wait()
+    while any(ask(address) for address in addresses(folder)):
+        time.sleep(LOOK_SECONDS)
 
 
 class Together(Collector):
@@ -43,10 +50,9 @@ class Together(Collector):
         return ()
 
     def collect(self) -> Iterator[Metric]:
-        addresses = [one["address"] for one in signed_in(self._folder).values() if one["address"]]
         found: dict[str, Metric] = {}
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            for text in pool.map(ask, addresses):
+            for text in pool.map(ask, addresses(self._folder)):
                 for family in text_string_to_metric_families(text):
                     whole = found.setdefault(family.name, Metric(family.name, family.documentation, family.type))
                     whole.samples += family.samples
@@ -60,6 +66,11 @@ def signed_in(folder: Path) -> dict[str, dict]:
         with contextlib.suppress(FileNotFoundError):  # it has just gone
             found[path.name] = json.loads(path.read_text())
     return found
+
+
+def addresses(folder: Path) -> list[str]:
+    """Where those have metrics who have some."""
+    return [one["address"] for one in signed_in(folder).values() if one["address"]]
 
 
 def ask(address: str) -> str:

@@ -16,7 +16,7 @@ Made by `python -m armillary.launcher.metric_docs` from the code that emits them
 The driver serves what is the whole run's, through every launch of its ranks; each rank what is its own. On one machine
 they listen on loopback, on ports that the run's `metrics_targets.json` names (Prometheus' `file_sd`); in a pod of
 Kubernetes all of them are on port 9400 (`k8s/base/monitor.yaml`). Names and labels are an interface: alerts
-(`k8s/base/alerts.yaml`) and the dashboard (`k8s/base/dashboard.json`) are tested against this list.
+(`k8s/cluster/alerts.yaml`) and the dashboard (`k8s/cluster/dashboard.json`) are tested against this list.
 
 ## Counters
 

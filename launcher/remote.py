@@ -1,13 +1,14 @@
 """Runs in a Kubernetes cluster: what `armillary submit`, `status`, `logs`, `suspend`, `cancel` do there."""
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from armillary.errors import ClusterError, JobError
-from armillary.k8s.client import POD, RAYJOB, WORKLOAD, Client, Kind, LogGone, NotFound, Unreachable
-from armillary.k8s.phase import Phase, phase_of
+from armillary.k8s.client import POD, RAYJOB, WORKLOAD, Client, Kind, LogGone, NoSuchKind, NotFound, Unreachable
+from armillary.k8s.phase import Phase, phase_of, saves
 from armillary.k8s.rayjob import APP, PART, QUEUE, RUN, SUBMITTER
 from armillary.k8s.rayjob import RAYJOB as OF
 from armillary.launcher.job import Job, parse_toml, resolve
@@ -16,6 +17,7 @@ from armillary.launcher.submission import rayjob_of
 LOOK_SECONDS = 2.0
 PATIENCE = 600.0  # seconds that a cluster may not answer whom it is followed by
 STALE = 60.0  # seconds after which figures that are told every ten seconds are old
+LAST_TRIES = 3  # to read the end of a log: why a run failed is there
 TAIL = 400  # lines of the log in which there is one that says how the run stands
 
 
@@ -54,11 +56,12 @@ def submit(client: Client, job: Job, run: str, where: str, allow_tag: bool = Fal
     if not all(phase_of(one).ended for one in before):
         raise ClusterError(f"the run {run} is in the cluster already", f"namespace {client.namespace}",
                            "name another with --run, or cancel that one")  # fmt: skip
-    if client.list(POD, {RUN: run, PART: "head"}):
+    if any(map(saves, client.list(POD, {RUN: run}))):
         raise ClusterError(f"pods of the run {run} are still there", f"namespace {client.namespace}",
-                           "they save: try again when they are gone")  # fmt: skip
-    numbers = [int(_name(one).removeprefix(f"{run}-r")) if _name(one) != run else 1 for one in before]
-    name = f"{run}-r{max(numbers) + 1}" if numbers else run
+                           "they save: wait until they are gone")  # fmt: skip
+    taken = {_name(one) for one in client.list(RAYJOB, {APP: "armillary"})}
+    again = (f"{run}-r{number}" for number in itertools.count(2))
+    name = next(one for one in again if one not in taken) if before else run
     rayjob = rayjob_of(job, run, name, where, allow_tag, force)
     client.create(RAYJOB, rayjob, dry_run=True)
     client.create(RAYJOB, rayjob)
@@ -68,6 +71,9 @@ def submit(client: Client, job: Job, run: str, where: str, allow_tag: bool = Fal
 def look(client: Client, run: str) -> Seen:
     """The run's newest RayJob, with what belongs to it. NotFound."""
     rayjob = _newest(_rayjobs(client, run))
+    if rayjob is None and any(map(saves, client.list(POD, {RUN: run}))):
+        raise NotFound(f"the run {run} is cancelled, and its pods save", f"namespace {client.namespace}",
+                       f"when they are gone it may go on with `armillary submit JOB.toml --run {run}`")  # fmt: skip
     if rayjob is None:
         raise NotFound(
             f"there is no run {run}", f"namespace {client.namespace}",
@@ -80,19 +86,21 @@ def look(client: Client, run: str) -> Seen:
     return Seen(run, rayjob, workload, client.list(POD, {OF: _name(rayjob)}))
 
 
-def status(client: Client, run: str) -> dict:
-    """All that is known of a run; `progress` is None, with a reason, where its log does not tell."""
-    seen = look(client, run)
+def status(client: Client, run: str, patient: bool = False) -> dict:
+    """All that is known of a run; `progress` is None, with a reason, where its log does not tell. patient: see
+    `watched`."""
+    seen = watched(client, run) if patient else look(client, run)
     progress, reason = progress_of(client, seen)
+    rayjob = seen.rayjob or {"metadata": {"labels": {}}}
     return {
         "run": run,
-        "rayjob": _name(seen.rayjob),
+        "rayjob": rayjob["metadata"].get("name"),
         "namespace": client.namespace,
-        "queue": seen.rayjob["metadata"]["labels"].get(QUEUE),
+        "queue": rayjob["metadata"]["labels"].get(QUEUE),
         "phase": seen.phase.name,
         "reason": seen.phase.reason,
-        "created": seen.rayjob["metadata"].get("creationTimestamp"),
-        "retries": max(0, (seen.rayjob.get("status") or {}).get("failed", 0) or 0),
+        "created": rayjob["metadata"].get("creationTimestamp"),
+        "retries": max(0, (rayjob.get("status") or {}).get("failed", 0) or 0),
         "progress": progress,
         "progress_reason": reason,
     }
@@ -128,7 +136,12 @@ def runs(client: Client) -> list[dict]:
         newest[one["metadata"]["labels"][RUN]] = one
     workloads = {one["metadata"].get("labels", {}).get("kueue.x-k8s.io/job-uid"): one
                  for one in _if_known(client, WORKLOAD, {"kueue.x-k8s.io/job-uid": ""})}  # fmt: skip
-    found = [Seen(run, one, workloads.get(one["metadata"]["uid"]), []) for run, one in newest.items()]
+    pods: dict[str, list[dict]] = {}
+    for one in client.list(POD, {APP: "armillary"}):
+        pods.setdefault(one["metadata"]["labels"].get(OF, ""), []).append(one)
+    found = [
+        Seen(run, one, workloads.get(one["metadata"]["uid"]), pods.get(_name(one), [])) for run, one in newest.items()
+    ]
     return [
         {"run": one.run, "phase": one.phase.name, "reason": one.phase.reason,
          "queue": one.rayjob["metadata"]["labels"].get(QUEUE),
@@ -173,7 +186,8 @@ def job_of(rayjob: dict) -> Job:
 
 def cancel(client: Client, run: str) -> None:
     """Remove a run from the cluster; its pods save before they go."""
-    for rayjob in _rayjobs(client, run) or [look(client, run).rayjob]:
+    look(client, run)  # which says what there is where there is no RayJob
+    for rayjob in _rayjobs(client, run):
         client.delete(RAYJOB, _name(rayjob))
 
 
@@ -221,6 +235,7 @@ def log(client: Client, run: str, follow: bool) -> Iterator[str]:
     """The driver's output, line by line. Where it is followed: until the RayJob says that the run has ended, whatever
     becomes of the stream. LogGone where there is none, and it is not followed."""
     last, same = "", set()  # the time of the last line, and the lines of that time: a new stream begins with them
+    tries = LAST_TRIES
     while True:
         seen = watched(client, run) if follow else look(client, run)
         ended = seen.phase.ended
@@ -235,6 +250,10 @@ def log(client: Client, run: str, follow: bool) -> Iterator[str]:
         except LogGone:
             if not follow:
                 raise
+            tries -= ended
+            if tries:
+                time.sleep(LOOK_SECONDS)
+                continue
         if not follow or ended:
             return
         time.sleep(LOOK_SECONDS)
@@ -259,10 +278,8 @@ def _if_known(client: Client, kind: Kind, labels: dict[str, str]) -> list[dict]:
     """Nothing where the cluster does not know the kind."""
     try:
         return client.list(kind, labels)
-    except ClusterError as error:
-        if "knows no" in error.what:
-            return []
-        raise
+    except NoSuchKind:
+        return []
 
 
 def _name(thing: dict) -> str:

@@ -55,8 +55,9 @@ def html(run: Run) -> str:
 
 def time_spent(curve: Sequence[dict], events: Iterable[dict]) -> list[tuple[str, float, float]]:
     """(what, seconds, share of all) from the first launch to the last event: rank 0's parts of the steps that count,
-    what else passed between a launch's first step and its last, and all that was lost to starts, stops and steps that
-    were done again."""
+    what else passed between a launch's first step and its last, while nobody drove the run, and all that was lost to
+    starts, stops and steps that were done again."""
+    events = list(events)
     times = [event["time"] for event in events]
     if not times or not curve:
         return []
@@ -64,8 +65,27 @@ def time_spent(curve: Sequence[dict], events: Iterable[dict]) -> list[tuple[str,
     steps = sum(step["seconds"] for step in curve)
     spent["the rest of the steps"] = max(0.0, steps - sum(spent.values()))
     whole = times[-1] - times[0]
-    spent["starts, saves that were waited for, steps done again"] = max(0.0, whole - steps)
+    spent["suspended, or failed"] = idle(events)
+    rest = whole - steps - spent["suspended, or failed"]
+    spent["starts, saves that were waited for, steps done again"] = max(0.0, rest)
     return [(text, seconds, seconds / whole if whole else 0.0) for text, seconds in spent.items()]
+
+
+def idle(events: Iterable[dict]) -> float:
+    """Seconds from each end of a driver's work to the next launch, which somebody else began."""
+    seconds, since = 0.0, None
+    for event in events:
+        match event["event"]:
+            case "ended" if event["interrupted"]:
+                since = event["time"]
+            case "failed":
+                since = event["time"]
+            case "restart" | "waiting":  # the driver is still there
+                since = None
+            case "launch":
+                seconds += event["time"] - since if since is not None else 0.0
+                since = None
+    return seconds
 
 
 def thinned(values: Sequence[float], points: int = POINTS) -> list[float]:

@@ -188,7 +188,8 @@ class Run:
         store = self.store()
         check_writable(store)
         sweep(store)
-        number = sum(1 for _ in (self.path / "generations").glob("[0-9]*"))
+        launched = [event["generation"] for event in self.events("launch")]  # elsewhere, if this directory is a new one
+        number = max([sum(1 for _ in (self.path / "generations").glob("[0-9]*")), *(one + 1 for one in launched)])
         folder = self.path / "generations" / f"{number:03d}"
         (folder / "logs").mkdir(parents=True)
         return number, folder
@@ -202,18 +203,28 @@ class Run:
         return f"{config.path.rstrip('/')}/{self.path.name}" if config.path else str(self.path / "checkpoints")
 
     @property
+    def last_event(self) -> str:
+        """The kind of the last thing that happened to it; "" where nothing has."""
+        return next(reversed([event["event"] for event in self.events()]), "")
+
+    @property
     def cancelled(self) -> bool:
-        """Whether that was the last thing that happened to it."""
-        return [event["event"] for event in self.events()][-1:] == ["cancelled"]
+        return self.last_event == "cancelled"
+
+    def failed(self, error: ArmillaryError) -> None:
+        """Tell that it cannot go on, where that was not told yet."""
+        if self.last_event != "failed":
+            self.event("failed", error=str(error))
 
     @property
     def has_checkpoint(self) -> bool:
         return LATEST in self.store().sizes()
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the run for one driver; JobError where another has it. A dead driver's hold ends with it."""
-        deadline = time.monotonic() + LOCK_SECONDS
+    def locked(self, patience: float = LOCK_SECONDS) -> Iterator[None]:
+        """Hold the run for one driver; JobError where another has it for longer than `patience` seconds. A dead
+        driver's hold ends with it."""
+        deadline = time.monotonic() + patience
         with open(self.path / "lock", "a+") as file:
             while True:
                 try:

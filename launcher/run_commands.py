@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from armillary.errors import JobError, RunError
+from armillary.errors import ClusterError, JobError, RunError
 from armillary.launcher import standing
 from armillary.launcher.arguments import AsJson, Force, JobFile, Overrides
 
@@ -55,11 +55,7 @@ def submit(
     with connected(context, namespace) as client:
         rayjob = remote.submit(client, job, name, str(job_file), allow_tag, force)
         _say(f"submitted as {rayjob}; how it stands: armillary status {name}")
-        try:
-            code = 0 if detach else _follow(client, name)
-        finally:
-            if as_json:
-                print(json.dumps(remote.status(client, name)))
+        code = _seen_off(client, name, detach, as_json)
     sys.exit(code)
 
 
@@ -83,7 +79,9 @@ def render(
 
 def status(
     run: RunName,
-    watch: Annotated[bool, typer.Option("--watch", help="again and again, until the run has ended")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="again and again, until the run has ended or is suspended")
+    ] = False,
     context: Context = "",
     namespace: Namespace = "",
     as_json: AsJson = False,
@@ -91,7 +89,7 @@ def status(
     """How a run stands: its phase and why, step, tokens/s, ETA, last checkpoint, restarts, last verdict."""
     with _run(run, context, namespace) as (client, here):
         while True:
-            found = _status(client, here, run)
+            found = _status(client, here, run, patient=watch)
             if as_json:
                 print(json.dumps(found), flush=True)
             else:
@@ -195,18 +193,31 @@ def cancel(run: RunName, context: Context = "", namespace: Namespace = "") -> No
             from armillary.launcher.remote import cancel as end
 
             end(client, run)
+            _say("its pods save, and go")
     _say(f"{run} is cancelled; its checkpoints stay where they are")
 
 
-def resume_in_cluster(run: str, context: str, namespace: str, detach: bool) -> None:
+def resume_in_cluster(run: str, context: str, namespace: str, detach: bool, as_json: bool) -> None:
     """`armillary resume` of a run that is not on this machine."""
     from armillary.launcher import remote
 
     with _cluster_of(run, context, namespace) as client:
         rayjob = remote.resume(client, run)
         _say(f"{run} goes on from its last checkpoint, as {rayjob}")
-        code = 0 if detach else _follow(client, run)
+        code = _seen_off(client, run, detach, as_json)
     sys.exit(code)
+
+
+def _seen_off(client, run: str, detach: bool, as_json: bool) -> int:
+    """Follow a run that was just started, unless it is not to be, and say at last how it stands: the exit code."""
+    from armillary.launcher import remote
+
+    try:
+        return 0 if detach else _follow(client, run)
+    finally:
+        if as_json:
+            with contextlib.suppress(ClusterError):  # what is raised already is more to the point
+                print(json.dumps(remote.status(client, run)), flush=True)
 
 
 def is_here(run: str, context: str, namespace: str) -> bool:
@@ -251,14 +262,14 @@ def _job(job_file: Path, overrides, queue: str, priority: str, run: str) -> tupl
     return job, run or new_name(job)
 
 
-def _status(client, here, run: str) -> dict:
+def _status(client, here, run: str, patient: bool) -> dict:
     if here is not None:
         from armillary.launcher.local import status as of
 
         return of(here)
     from armillary.launcher.remote import status as of
 
-    return of(client, run)
+    return of(client, run, patient)
 
 
 def _print_status(found: dict) -> None:

@@ -10,15 +10,16 @@ from armillary.errors import JobError
 from armillary.k8s.lints import DIGEST, LONGEST_NAME, NAME, lint
 from armillary.k8s.rayjob import Submission, ray_job
 from armillary.launcher.job import Job
-from armillary.storage import is_url
+from armillary.storage import has_password, is_url
 
+STAMP = "%Y%m%d-%H%M%S"
 LONGEST_RUN = LONGEST_NAME - len("-r99")  # a run that is resumed gets a new RayJob, whose name is longer
 
 
 def new_name(job: Job) -> str:
     """A run's name from the job's, with the time."""
     clean = re.sub(r"[^a-z0-9]+", "-", job.name.lower()).strip("-")
-    stamp = time.strftime("%Y%m%d-%H%M%S")
+    stamp = time.strftime(STAMP)
     return (
         f"{clean if clean[:1].isalpha() else f'run-{clean}'}"[: LONGEST_RUN - len(stamp) - 1].rstrip("-") + f"-{stamp}"
     )
@@ -30,8 +31,10 @@ def rayjob_of(job: Job, run: str, name: str, where: str, allow_tag: bool = False
     if len(run) > LONGEST_RUN or not NAME.fullmatch(run):
         raise JobError(f"a run cannot be named {run!r} in a cluster", "--run", f"take at most {LONGEST_RUN} lower-case "
                        "letters, digits and dashes; the first a letter, the last no dash")  # fmt: skip
-    submission = Submission(name, run, job.to_toml(), job.parallel.world_size, job.parallel.tensor, job.cluster.grace,
-                            job.kubernetes)  # fmt: skip
+    made, layout = time.strftime(STAMP), job.parallel
+    submission = Submission(
+        name, made, run, job.to_toml(), layout.world_size, layout.tensor, job.cluster.grace, job.kubernetes
+    )
     if wrong := list(_problems(job, allow_tag)) or lint(ray_job(submission), allow_tag):
         fix = "`armillary job explain` says what every key takes"
         if any(key == "kubernetes.image" for key, _ in wrong):
@@ -52,13 +55,14 @@ def _problems(job: Job, allow_tag: bool) -> Iterator[tuple[str, str]]:
         yield "cluster.address", "a run in Kubernetes has a Ray cluster of its own: leave it out"
     if job.kubernetes.priority and not job.kubernetes.queue:
         yield "kubernetes.priority", "is Kueue's, who needs kubernetes.queue too"
-    if not job.kubernetes.volume:
-        paths = {"checkpoint.path": job.checkpoint.path, "data.path": job.data.path}
-        if job.checkpoint.start:
-            paths["checkpoint.start"] = job.checkpoint.start
-        for key, path in paths.items():
-            if not is_url(path):
-                yield key, "pods without kubernetes.volume share no folder, and keep none: it has to be a URL"
+    paths = {"checkpoint.path": job.checkpoint.path, "data.path": job.data.path}
+    if job.checkpoint.start:
+        paths["checkpoint.start"] = job.checkpoint.start
+    for key, path in paths.items():
+        if has_password(path):
+            yield key, "there is a password in it: keep it in kubernetes.secret"
+        elif not job.kubernetes.volume and not is_url(path):
+            yield key, "pods without kubernetes.volume share no folder, and keep none: it has to be a URL"
 
 
 def refuse_what_does_not_fit(job: Job, ranks_per_pod: int) -> None:

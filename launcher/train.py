@@ -16,7 +16,7 @@ from armillary.data_pipeline.mixture import BLOCK_ROWS, ORDER
 from armillary.data_pipeline.shards import read_manifest as read_data_manifest
 from armillary.data_pipeline.sources.easy_vqa import easy_vqa_questions
 from armillary.data_pipeline.verify import check_files
-from armillary.errors import ArmillaryError, CheckpointError, DataError, JobError
+from armillary.errors import ArmillaryError, CheckpointError, DataError, JobError, PreemptedError
 from armillary.kernels.forced import VARIABLE, forced
 from armillary.launcher.driver import drive
 from armillary.launcher.fitting import refuse_what_does_not_fit
@@ -145,21 +145,34 @@ def resume(
         return _train(run, job, until, checkpoint, console)
 
 
-def go_on(path: Path, job: Job, console: Console, fewer: bool = False) -> Summary:
+def go_on(path: Path, job: Job, console: Console, fewer: bool, patience: float) -> Summary:
     """Train this job in the run directory `path`: a new run where there is none, else the one that is there, from its
-    latest checkpoint if it has one, on `fewer` ranks if need be. For whoever starts runs again without a look."""
+    latest checkpoint if it has one, on `fewer` ranks if need be. For whoever starts runs again without a look.
+
+    patience: seconds that a driver elsewhere, which was told to end, may take to save."""
     run = Run.open(path) if (path / "job.toml").exists() else Run.restored(path, job)
     if run is not None:
-        with run.locked():
-            checkpoint = run.latest() if run.has_checkpoint else None
-            state = read_manifest(checkpoint).state if checkpoint else None
-            if state is not None and state.step >= job.training.steps:
-                return _summarise(run, job, Outcome(state.step, False))
-            job = resumable_job(run, job.with_absolute_paths(), state)
-            until = until_step(job, 0, state.step if state else 0)
-            return _train(run, job, until, checkpoint, console, fewer)
+        if (other := run.driver()) is not None:
+            console.print(f"waiting until the driver on {other['host']} has saved", markup=False, highlight=False)
+        with run.locked(patience):
+            try:
+                return _again(run, job, console, fewer)
+            except ArmillaryError as error:
+                if not isinstance(error, PreemptedError):
+                    run.failed(error)
+                raise
     Run(path).remove_begun()
     return start(job, path, 0, console)
+
+
+def _again(run: Run, job: Job, console: Console, fewer: bool) -> Summary:
+    checkpoint = run.latest() if run.has_checkpoint else None
+    state = read_manifest(checkpoint).state if checkpoint else None
+    if state is not None and state.step >= job.training.steps:
+        return _summarise(run, job, Outcome(state.step, False))
+    job = resumable_job(run, job.with_absolute_paths(), state)
+    until = until_step(job, 0, state.step if state else 0)
+    return _train(run, job, until, checkpoint, console, fewer)
 
 
 def check_edits(run: Run, allow: Sequence[str], state: State) -> None:

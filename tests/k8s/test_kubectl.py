@@ -24,8 +24,9 @@ def kubectl(*words: str, given: str = "", kubeconfig: Path | str = "/dev/null") 
                           check=False)  # fmt: skip
 
 
-def built(overlay: str) -> list[dict]:
-    done = kubectl("kustomize", str(ROOT / "k8s" / "overlays" / overlay))
+def built(overlay: str = "") -> list[dict]:
+    """The objects of an overlay; without one, what a cluster has once."""
+    done = kubectl("kustomize", str(ROOT / "k8s" / ("overlays" if overlay else "cluster") / overlay))
     assert done.returncode == 0, done.stderr
     return list(yaml.safe_load_all(done.stdout))
 
@@ -43,11 +44,8 @@ def test_an_overlay_is_whole_and_each_object_right(overlay):
     things = built(overlay)
     kinds = {thing["kind"] for thing in things}
     assert kinds >= {"Namespace", "Role", "RoleBinding", "ServiceAccount", "NetworkPolicy", "PersistentVolumeClaim",
-                     "ClusterQueue", "LocalQueue", "ResourceFlavor", "Topology", "WorkloadPriorityClass", "PodMonitor",
-                     "PrometheusRule", "ConfigMap"}  # fmt: skip
-    for thing in things:
-        if schemas.CRDS.is_dir() or "." not in thing["apiVersion"] or ".k8s.io/v1" in thing["apiVersion"][-10:]:
-            assert schemas.check(thing)[1] == [], thing["metadata"]["name"]
+                     "ClusterQueue", "LocalQueue", "PodMonitor"}  # fmt: skip
+    assert_right(things)
     (namespace,) = of_kind(things, "Namespace")
     assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
     homes = {thing["metadata"]["namespace"] for thing in things if thing["kind"] not in OF_CLUSTER}
@@ -61,6 +59,30 @@ def test_an_overlay_is_whole_and_each_object_right(overlay):
     counted = [one["name"] for one in group["flavors"][0]["resources"]]
     assert counted == group["coveredResources"]
     assert ("rdma/hca_shared_devices" in counted) == (overlay == "rdma")
+
+
+def assert_right(things: list[dict]) -> None:
+    for thing in things:
+        if schemas.CRDS.is_dir() or "." not in thing["apiVersion"] or ".k8s.io/v1" in thing["apiVersion"][-10:]:
+            assert schemas.check(thing)[1] == [], thing["metadata"]["name"]
+
+
+def test_what_a_cluster_has_once_is_in_no_overlay_and_no_two_overlays_share_a_namespace_or_a_queue():
+    once = {(thing["kind"], thing["metadata"]["name"]) for thing in built()}
+    assert_right(built())
+    assert {kind for kind, _ in once} == {"ResourceFlavor", "Topology", "WorkloadPriorityClass", "PrometheusRule",
+                                          "ConfigMap"}  # fmt: skip
+    homes = {thing["metadata"].get("namespace") for thing in built()}
+    assert homes == {None, "monitoring"}
+    named = {}
+    for overlay in ("dev", "prod"):  # rdma is prod, with more in its queue
+        things = built(overlay)
+        named[overlay] = {(thing["kind"], thing["metadata"]["name"]) for thing in things if thing["kind"] in OF_CLUSTER}
+        assert not named[overlay] & once
+        flavors = {one["name"] for thing in of_kind(things, "ClusterQueue")
+                   for group in thing["spec"]["resourceGroups"] for one in group["flavors"]}  # fmt: skip
+        assert {("ResourceFlavor", name) for name in flavors} <= once
+    assert not named["dev"] & named["prod"]
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -102,6 +124,15 @@ def test_what_is_scraped_are_the_ports_that_pods_have():
 def api(tmp_path_factory):
     with Api(tmp_path_factory.mktemp("api")) as api:
         yield api
+
+
+@with_crds
+def test_a_cluster_takes_what_it_has_once(api):
+    api.namespace("monitoring")
+    text, config = kubectl("kustomize", str(ROOT / "k8s" / "cluster")).stdout, api.kubeconfig()
+    for words in (("--dry-run=server",), ()):
+        done = kubectl("apply", "--server-side", *words, "-f", "-", given=text, kubeconfig=config)
+        assert done.returncode == 0, done.stderr
 
 
 @with_crds

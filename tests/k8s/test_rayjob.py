@@ -26,7 +26,9 @@ with_crds = pytest.mark.skipif(not schemas.CRDS.is_dir(), reason="../shared/crds
 
 
 def submission(world_size=16, tensor=4, **config) -> Submission:
-    return Submission("demo-1", "demo-1", 'name = "demo"\n', world_size, tensor, 30.0, KubernetesConfig(**config))
+    return Submission(
+        "demo-1", "20260101-000000", "demo-1", 'name = "demo"\n', world_size, tensor, 30.0, KubernetesConfig(**config)
+    )
 
 
 def made(**config) -> dict:
@@ -95,7 +97,7 @@ def test_a_queued_run_waits_for_kueue_and_one_without_a_queue_starts():
 
 def test_kubernetes_puts_no_variable_into_the_job_file():
     one = submission(image=IMAGE)
-    job = ray_job(Submission(one.name, one.run, "a = '$(HOME) $$ $'", 1, 1, 30.0, one.config))
+    job = ray_job(Submission(one.name, one.made, one.run, "a = '$(HOME) $$ $'", 1, 1, 30.0, one.config))
     (text,) = (entry["value"] for one in containers(job) for entry in one.get("env", ())
                if entry["name"] == "ARMILLARY_JOB")  # fmt: skip
     assert text == "a = '$$(HOME) $$$$ $$'"

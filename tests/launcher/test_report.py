@@ -8,7 +8,7 @@ import pytest
 
 from armillary.launcher.job import resolve
 from armillary.launcher.report import html as page
-from armillary.launcher.report import thinned, time_spent
+from armillary.launcher.report import idle, thinned, time_spent
 from armillary.launcher.run import Run
 from tests.conftest import refused
 
@@ -96,6 +96,18 @@ def test_where_the_time_went_adds_up(run):
     assert spent["waiting for data"] == pytest.approx(0.05 * STEPS)
     assert spent["the rest of the steps"] == pytest.approx(0.05 * STEPS)
     assert sum(spent.values()) == pytest.approx(2310 - 100)
+
+
+def test_a_night_between_two_launches_is_told_apart_from_a_fault(run):
+    def events(*kinds: str) -> list[dict]:
+        return [{"time": 100.0 * at, "event": kind, "interrupted": True} for at, kind in enumerate(kinds)]
+
+    assert idle(events("launch", "ended", "launch", "failed", "launch")) == 200.0
+    assert idle(events("launch", "failed", "restart", "launch", "verdict", "launch")) == 0.0
+    assert idle(events("launch", "ended")) == 0.0
+    run.event("ended", step=STEPS, interrupted=True)
+    run.event("launch", generation=2, layout={"world_size": 1}, from_step=STEPS, until=STEPS)
+    assert "suspended, or failed" in page(run)
 
 
 def test_few_points_stand_for_many():

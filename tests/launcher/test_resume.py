@@ -1,6 +1,7 @@
 """What a run may change when it goes on."""
 
 import pytest
+from rich.console import Console
 
 from armillary.data_pipeline.cursor import Cursor
 from armillary.data_pipeline.folder import LocalFolder
@@ -9,7 +10,7 @@ from armillary.data_pipeline.shards import read_manifest
 from armillary.errors import DataError, JobError
 from armillary.launcher.job import resolve
 from armillary.launcher.run import Run
-from armillary.launcher.train import check_edits, resumable_job
+from armillary.launcher.train import check_edits, go_on, resumable_job
 from armillary.training.checkpoint.manifest import State
 from armillary.training.checkpoint.manifest import read_manifest as read_checkpoint
 
@@ -92,3 +93,15 @@ def test_threads_may_change_and_what_makes_the_data_may_not(run):
     ):
         with pytest.raises(JobError, match="cannot be resumed with another"):
             changed(run, override)
+
+
+def test_where_nobody_looks_a_refusal_is_an_event(run):
+    other = run.job(["model.depth=4"])
+    for _ in range(2):
+        with pytest.raises(JobError, match=r"another model\.depth"):
+            go_on(run.path, other, Console(quiet=True), fewer=False, patience=1)
+    assert run.last_event == "failed"
+    assert len(list(run.events("failed"))) == 1
+    with run.locked(), pytest.raises(JobError, match="being trained already"):
+        go_on(run.path, run.job(), Console(quiet=True), fewer=False, patience=0.1)
+    assert len(list(run.events("failed"))) == 1, "whoever holds it goes on"

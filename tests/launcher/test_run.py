@@ -1,6 +1,7 @@
 import json
 import os
 import socket
+import threading
 
 import pytest
 
@@ -8,7 +9,7 @@ from armillary.data_pipeline.shards import Manifest
 from armillary.errors import CheckpointError, JobError
 from armillary.launcher import local
 from armillary.launcher.job import resolve
-from armillary.launcher.run import Run
+from armillary.launcher.run import LOCK_SECONDS, Run
 from tests.chaos.saves import latest, save
 from tests.data_pipeline.test_tokenizer import TOKENIZER
 
@@ -137,6 +138,35 @@ def test_generations_count_up(run):
     numbers = [run.new_generation() for _ in range(3)]
     assert [number for number, _ in numbers] == [0, 1, 2]
     assert [folder.name for _, folder in numbers] == ["000", "001", "002"]
+
+
+def test_generations_count_on_where_the_directory_is_a_new_one(tables, tmp_path):
+    job = resolve(tables | {"checkpoint": {"path": str(tmp_path / "store")}}, "test")
+    run = Run.create(tmp_path / "run", job, DATA)
+    for _ in range(2):
+        number, _ = run.new_generation()
+        run.event("launch", generation=number, from_step=0)
+    save(run, 1, 10, 1, job.checkpoint, lambda: False)
+    run.remove()
+    restored = Run.restored(tmp_path / "run", job)
+    assert restored.new_generation()[0] == 2
+
+
+def test_who_is_patient_gets_the_run_when_its_driver_has_ended(run):
+    held, done = threading.Event(), threading.Event()
+
+    def hold():
+        with run.locked():
+            held.set()
+            done.wait(20)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait(20)
+    threading.Timer(LOCK_SECONDS + 0.5, done.set).start()
+    with run.locked(patience=20):
+        assert done.is_set()
+    holder.join()
 
 
 def test_what_a_killed_launch_left_half_saved_is_gone_with_the_next(run):

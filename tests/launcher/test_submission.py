@@ -12,7 +12,7 @@ from armillary.errors import ArmillaryError, JobError
 from armillary.k8s.lints import LONGEST_NAME, NAME, lint, pods
 from armillary.launcher.job import explain, parse_toml, resolve
 from armillary.launcher.submission import LONGEST_RUN, new_name, rayjob_of, to_yaml
-from tests.conftest import refused
+from tests.conftest import ROOT, refused
 from tests.k8s import pod_security, schemas
 
 IMAGE = "registry.example/armillary@sha256:" + "0" * 64
@@ -43,6 +43,7 @@ def job_of(**kubernetes):
 @example([("kubernetes.memory_per_rank", "007Gi")])
 @example([("kubernetes.gpu", "a//b")])
 @example([("name", "..")])
+@example([("checkpoint.path", "s3://[x")])
 def test_every_mutated_job_is_refused_or_taken(changes):
     tables = {key: dict(value) if isinstance(value, dict) else value for key, value in TABLES.items()}
     for key, value in changes:
@@ -84,6 +85,7 @@ def test_every_jobs_name_makes_one_for_a_run(name):
         ({"queue": "", "priority": "high"}, {}, "kubernetes.priority"),
         ({"volume": ""}, {}, "checkpoint.path: pods without kubernetes.volume"),
         ({"volume": ""}, {"checkpoint": {"path": "s3://b/c"}}, "data.path: pods without"),
+        ({}, {"checkpoint": {"path": "s3://key:planted@b/c"}}, "checkpoint.path: there is a password in it"),
         ({}, {"cluster": {"address": "h:1"}}, "cluster.address"),
         ({"ranks_per_pod": 1}, {}, "parallel.tensor: 2 ranks are more than a pod's"),
         ({"gpu_model": "x101"}, {}, "x101"),
@@ -91,8 +93,9 @@ def test_every_jobs_name_makes_one_for_a_run(name):
 )
 def test_what_cannot_work_in_a_cluster_is_refused(kubernetes, tables, words):
     job = resolve(TABLES | tables | {"kubernetes": TABLES["kubernetes"] | kubernetes}, "test")
-    with pytest.raises(JobError, match=re.escape(words)):
+    with pytest.raises(JobError, match=re.escape(words)) as refused:
         rayjob_of(job, "r", "r", "job.toml")
+    assert "planted" not in str(refused.value)
 
 
 def test_what_does_not_fit_the_gpus_is_refused_unless_forced():
@@ -120,3 +123,9 @@ def test_render_prints_what_submit_would_create(armillary, tmp_path):
         assert schemas.check(rayjob)[1] == []
     refused(armillary("render", "job.toml", "kubernetes.image=armillary:1"), "by its digest", "--allow-tag")
     assert armillary("render", "job.toml", "kubernetes.image=armillary:1", "--allow-tag").returncode == 0
+
+
+def test_the_job_of_the_documentation_is_taken():
+    (text,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "kubernetes.md").read_text(), re.S)
+    job = resolve(parse_toml(text.replace("sha256:...", "sha256:" + "0" * 64), "docs"), "docs")
+    assert lint(rayjob_of(job, "llm-7b", "llm-7b", "docs")) == []
