@@ -29,7 +29,8 @@ def pod(tables, tmp_path, monkeypatch):
     """What starts the driver of a pod, for so many steps, on a cluster of this machine."""
     (tmp_path / "metrics").mkdir()
     monkeypatch.setenv("ARMILLARY_METRICS", str(tmp_path / "metrics"))  # of Ray's nodes too
-    job = tables | {"checkpoint": {"every": 50}, "training": {"global_batch": 4, "evaluate": False}}
+    training = {"global_batch": 4, "evaluate": False}
+    job = tables | {"checkpoint": {"every": 50}, "training": training, "kubernetes": {"cpus_per_rank": 1}}
     with contextlib.ExitStack() as stack:
         cluster = stack.enter_context(Cluster())
         cluster.add(1)
@@ -71,8 +72,9 @@ def test_an_end_and_a_suspension_wake_nobody_and_a_loss_does(pod, tmp_path, webh
 
             process = pod("run-r2", 1_000_000)
             wait_for(lambda: state() == "training" and run.curve()[-1]["step"] > 150, process)
-            subprocess.run([*POD, "stop"], check=True)
+            stop = subprocess.Popen([*POD, "stop"])
             assert process.wait(60) == 75
+            assert stop.wait(20) == 0
             assert run.latest_step() == run.curve()[-1]["step"]
             time.sleep(QUIET)
             assert not webhook.heard, "it was suspended"
