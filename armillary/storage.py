@@ -8,10 +8,11 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Annotated, Protocol, TypeVar
 
 import fsspec
 import numpy as np
+from pydantic import AfterValidator
 
 from armillary.errors import ArmillaryError, CheckpointError
 from armillary.files import put_whole, sync
@@ -50,14 +51,29 @@ class Storage(Protocol):
         """A folder in this one."""
 
 
+SECRET = re.compile(r"[?&][^=&]*(secret|password|token|key)[^=&]*=", re.IGNORECASE)
+
+
 def is_url(path: str) -> bool:
     """Whether a path is on another machine."""
     return "://" in path
 
 
-def has_password(path: str) -> bool:
-    """Whether it is a URL with one in it, which everybody sees who sees the URL."""
-    return re.match(r"[^/]*://[^/]*:[^/]*@", path) is not None
+def has_password(url: str) -> bool:
+    """Whether there is a password or another secret in a URL, which everybody sees who sees the URL."""
+    return re.search(r"://[^/]*:[^/]*@", url) is not None or SECRET.search(url) is not None
+
+
+def checked(path: str) -> str:
+    """The path or URL; ValueError where it is meant for a URL and is none, or shows a secret."""
+    if re.match(r"[\w+.-]*:/", path) and not re.match(r"([\w+.-]+://[^/\s?#][^\s]*|file:///.*)$", path):
+        raise ValueError("it is no URL: SCHEME://BUCKET/FOLDER, as s3://bucket/folder")
+    if has_password(path):
+        raise ValueError("there is a secret in it, which all would see who see the job: give it by the environment")
+    return path
+
+
+Location = Annotated[str, AfterValidator(checked)]
 
 
 def open_storage(location: str | Path, error: type[ArmillaryError]) -> Storage:

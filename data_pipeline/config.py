@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from armillary.data_pipeline.folder import CACHE_BYTES
+from armillary.storage import Location
 from armillary.table import Table
 
 
@@ -19,7 +20,7 @@ class SourceConfig(Table):
     )
     weight: float = Field(1.0, ge=0, description="share of the positions that it fills, relative to the others")
     augment: bool = Field(False, description="mirror and shift its images, anew each time they are seen")
-    path: str = Field("", description="its file or folder; empty: the copy in the installed package (easy_vqa)")
+    path: Location = Field("", description="its file or folder; empty: the copy in the installed package (easy_vqa)")
     text_field: str = Field("text", description="field of a record that holds its text or caption")
     image_field: str = Field("image", description="field of a record that holds its image")
     bad: Literal["stop", "skip"] = Field(
@@ -53,7 +54,7 @@ class StageConfig(Table):
 class DataConfig(Table):
     """Where documents come from and how they become sequences."""
 
-    path: str = Field(
+    path: Location = Field(
         "data/shards", description="folder of the Arrow shards, built on first use; or its URL (s3://bucket/folder)"
     )
     sources: tuple[SourceConfig, ...] = Field(

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import anyio
 import anyio.from_thread
 import httpx
 import kr8s
@@ -117,15 +118,16 @@ class Client:
             request["content"] = json.dumps(content)
 
         async def do():
-            async with self._call(method, kind, name, timeout=TIMEOUT, **request) as response:
-                return response.json()
+            with anyio.fail_after(2 * TIMEOUT):  # the library tries again by itself
+                async with self._call(method, kind, name, timeout=TIMEOUT, **request) as response:
+                    return response.json()
 
         try:
             return self._portal.call(do)
         except kr8s.ServerError as error:
             name = name or (content or {}).get("metadata", {}).get("name", "")
             raise self._refusal(error, method, kind, name) from None
-        except (httpx.HTTPError, kr8s.APITimeoutError) as error:
+        except (httpx.HTTPError, kr8s.APITimeoutError, TimeoutError) as error:
             raise unreachable(self._api.auth.server, error) from None
 
     def _refusal(self, error: kr8s.ServerError, method: str, kind: Kind, name: str) -> ClusterError:
@@ -181,8 +183,9 @@ def connected(context: str = "", namespace: str = "") -> Iterator[Client]:
 async def _api(context: str | None, namespace: str | None):
     fix = "set KUBECONFIG, or name a context of it with --context"
     try:
-        return await kr8s.asyncio.api(context=context, namespace=namespace)
-    except (httpx.HTTPError, kr8s.APITimeoutError) as error:
+        with anyio.fail_after(TIMEOUT):
+            return await kr8s.asyncio.api(context=context, namespace=namespace)
+    except (httpx.HTTPError, kr8s.APITimeoutError, TimeoutError) as error:
         raise unreachable(context or "the kubeconfig's current context", error) from None
     except kr8s.ServerError as error:
         raise ClusterError(f"the cluster refuses you: {error}", context or "", "log in again") from None

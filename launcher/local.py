@@ -40,7 +40,10 @@ def status(run: Run) -> dict:
     """What a run in a cluster has too."""
     found = standing(run)
     name, reason = phase(found, run.driver())
-    return {"run": str(run.path), "phase": name, "reason": reason, "progress": found.as_dict(), "progress_reason": ""}
+    progress = found.as_dict()
+    if name != "running":
+        progress |= {"tokens_per_second": None, "eta_seconds": None}
+    return {"run": str(run.path), "phase": name, "reason": reason, "progress": progress, "progress_reason": ""}
 
 
 def runs(folder: Path) -> list[dict]:

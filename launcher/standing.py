@@ -31,6 +31,7 @@ class Standing:
     error: str | None = None
     at: float | None = None
     _pace: Pace = field(init=False)
+    _stepped: float = field(init=False, default=0.0)
 
     def __post_init__(self):
         self._pace = Pace(self.steps)
@@ -46,7 +47,8 @@ class Standing:
             case "step":
                 self.state, self.step, self.loss = "training", event["step"], event["loss"]
                 self.tokens = event["tokens"]
-                self._pace.add(event["step"], event["tokens"], event["time"])
+                self._stepped = max(self._stepped + event["seconds"], event["time"])  # several are told at once
+                self._pace.add(event["step"], event["tokens"], self._stepped)
             case "checkpoint":
                 self.checkpoint_step, self.checkpoint_time = event["step"], event["time"]
             case "waiting":

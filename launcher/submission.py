@@ -1,16 +1,18 @@
 """From a job file to what is handed to a cluster: checked first, so that nothing starts there that cannot work."""
 
+import os
 import re
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import yaml
 
 from armillary.errors import JobError
 from armillary.k8s.lints import DIGEST, LONGEST_NAME, NAME, lint
-from armillary.k8s.rayjob import Submission, ray_job
+from armillary.k8s.rayjob import ROOT, Submission, ray_job
 from armillary.launcher.job import Job
-from armillary.storage import has_password, is_url
+from armillary.storage import is_url
 
 STAMP = "%Y%m%d-%H%M%S"
 LONGEST_RUN = LONGEST_NAME - len("-r99")  # a run that is resumed gets a new RayJob, whose name is longer
@@ -59,10 +61,13 @@ def _problems(job: Job, allow_tag: bool) -> Iterator[tuple[str, str]]:
     if job.checkpoint.start:
         paths["checkpoint.start"] = job.checkpoint.start
     for key, path in paths.items():
-        if has_password(path):
-            yield key, "there is a password in it: keep it in kubernetes.secret"
-        elif not job.kubernetes.volume and not is_url(path):
+        if not is_url(path) and not job.kubernetes.volume:
             yield key, "pods without kubernetes.volume share no folder, and keep none: it has to be a URL"
+    for source in job.data.sources:
+        paths[f"data.sources: the path of {source.name or source.kind}"] = source.path
+    for key, path in paths.items():
+        if not is_url(path) and not Path(os.path.normpath(Path(ROOT, path))).is_relative_to(ROOT):
+            yield key, f"{path} is not on the volume, which pods have at {ROOT}"
 
 
 def refuse_what_does_not_fit(job: Job, ranks_per_pod: int) -> None:

@@ -8,6 +8,7 @@ from pydantic import Field
 from armillary.data_pipeline.config import DataConfig
 from armillary.data_pipeline.images import ImageShape
 from armillary.model.config import ModelConfig
+from armillary.storage import Location
 from armillary.table import Table
 from armillary.training.layout import Layout
 from armillary.training.support import Setting
@@ -68,10 +69,10 @@ class CheckpointConfig(Table):
     """When the run's state is saved."""
 
     every: int = Field(200, ge=1, description="steps between checkpoints; one is also saved at the end and on Ctrl-C")
-    path: str = Field(
+    path: Location = Field(
         "", description="folder or URL (s3://bucket/folder) that gets a folder of them; empty: in the run's directory"
     )
-    start: str = Field("", description="a checkpoint's folder or URL whose weights a new run begins with")
+    start: Location = Field("", description="a checkpoint's folder or URL whose weights a new run begins with")
     when_busy: Literal["wait", "skip"] = Field(
         "wait", description="where the one before it is still being written: wait for it, or leave this one out"
     )

@@ -134,3 +134,29 @@ def test_paths_are_made_absolute_from_the_home_and_the_folder_that_a_command_is_
     assert data.tokenizer == "/home/somebody/t.json"
     assert [one.path for one in data.sources] == [str(tmp_path / "texts"), "/home/somebody/pictures"]
     assert load_job(job_file, ["data.path=s3://bucket/x"]).with_absolute_paths().data.path == "s3://bucket/x"
+
+
+@pytest.mark.parametrize("path", ["s3://", "s3:///b", "s3:/b/c", "://b", "s3://bucket with space/c", "s3://?x"])
+@pytest.mark.parametrize("key", ["checkpoint.path", "checkpoint.start", "data.path"])
+def test_what_is_meant_for_a_url_and_is_none_is_refused(key, path):
+    table, name = key.split(".")
+    with pytest.raises(JobError, match=rf"{table}\.{name}: it is no URL"):
+        resolve({table: {name: path}}, "test")
+
+
+@pytest.mark.parametrize(
+    "path", ["s3://u:planted@b/c", "s3://b/c?secret_access_key=planted", "s3://b/c?endpoint=http://u:planted@h"]
+)
+def test_a_secret_in_a_url_is_refused_and_not_shown(path):
+    tables = ({"checkpoint": {"path": path}}, {"data": {"sources": [{"kind": "text", "path": path}]}})
+    for one in tables:
+        with pytest.raises(JobError, match="there is a secret in it") as refused:
+            resolve(one, "test")
+        assert "planted" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "path", ["", "runs", "/a/b", "../c", "s3://b", "s3://b/c/d", "memory://x", "file:///tmp/x", "a:b"]
+)
+def test_paths_and_urls_are_taken(path):
+    assert resolve({"checkpoint": {"path": path}}, "test").checkpoint.path == path

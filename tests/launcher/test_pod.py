@@ -80,7 +80,9 @@ def test_events_are_printed_from_now_on_and_how_the_run_stands(inside, capsys):
     reporter.start()
     new = {"time": 1e12, "event": "checkpoint", "step": 3, "path": "/c"}
     with open(path, "a") as file:
-        file.write(json.dumps({"time": 1e12, "event": "step", "step": 3, "loss": 1.0, "tokens": 5}) + "\n")
+        file.write(
+            json.dumps({"time": 1e12, "event": "step", "step": 3, "loss": 1.0, "tokens": 5, "seconds": 1.0}) + "\n"
+        )
         file.write(json.dumps(new) + "\n")
     ended.set()
     reporter.join(10)

@@ -1,11 +1,14 @@
 """What a cluster does not let a user do, what it does not have, and what it is not told."""
 
 import json
+import socket
 from pathlib import Path
 
+import pytest
 import tomli_w
 import yaml
 
+from armillary.k8s import client
 from tests.conftest import ROOT, refused
 from tests.k8s import schemas
 from tests.k8s.api import Api
@@ -57,6 +60,17 @@ def test_no_cluster_no_context_no_namespace(api, shell, tmp_path):
     )
     (tmp_path / "text").write_text("{")
     refused(Shell(tmp_path, tmp_path / "text")("submit", "job.toml", "--detach"), "no cluster can be asked")
+
+
+def test_a_server_that_takes_calls_and_never_answers(shell, tmp_path, monkeypatch):
+    monkeypatch.setattr(client, "TIMEOUT", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        config = yaml.safe_load(Path(shell.environment["KUBECONFIG"]).read_text())
+        config["clusters"][0]["cluster"]["server"] = f"https://127.0.0.1:{silent.getsockname()[1]}"
+        (tmp_path / "silent").write_text(yaml.safe_dump(config))
+        monkeypatch.setenv("KUBECONFIG", str(tmp_path / "silent"))
+        with pytest.raises(client.Unreachable, match="does not answer"), client.connected() as connected:
+            connected.list(client.RAYJOB, {})
 
 
 @with_crds

@@ -23,7 +23,7 @@ def event(kind: str, at: float = 0.0, /, **fields) -> dict:
 
 
 def step(number: int, at: float) -> dict:
-    return event("step", at, step=number, loss=3.0 - number / 10, tokens=100 * number)
+    return event("step", at, step=number, loss=3.0 - number / 10, tokens=100 * number, seconds=1.0)
 
 
 LAUNCH = event("launch", generation=0, layout=LAYOUT, from_step=0, until=10)
@@ -71,6 +71,13 @@ def test_figures_are_of_the_launch_at_work():
     assert json.loads(json.dumps(known)) == known
     standing.add(STORY[9][0])
     assert standing.as_dict(now=1013.0)["tokens_per_second"] is None
+
+
+def test_steps_that_are_told_at_once_took_their_time_all_the_same():
+    standing = Standing(10)
+    for what in (LAUNCH, step(1, 4), step(2, 4), step(3, 4)):
+        standing.add(what)
+    assert standing.as_dict(now=1005.0)["tokens_per_second"] == 100.0
 
 
 @pytest.fixture

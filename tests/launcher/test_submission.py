@@ -85,7 +85,9 @@ def test_every_jobs_name_makes_one_for_a_run(name):
         ({"queue": "", "priority": "high"}, {}, "kubernetes.priority"),
         ({"volume": ""}, {}, "checkpoint.path: pods without kubernetes.volume"),
         ({"volume": ""}, {"checkpoint": {"path": "s3://b/c"}}, "data.path: pods without"),
-        ({}, {"checkpoint": {"path": "s3://key:planted@b/c"}}, "checkpoint.path: there is a password in it"),
+        ({}, {"checkpoint": {"path": "/elsewhere/c"}}, "checkpoint.path: /elsewhere/c is not on the volume"),
+        ({}, {"data": {"path": "../up"}}, "data.path: ../up is not on the volume"),
+        ({}, {"data": {"sources": [{"kind": "text", "path": "/home/me"}]}}, "the path of text: /home/me is not on"),
         ({}, {"cluster": {"address": "h:1"}}, "cluster.address"),
         ({"ranks_per_pod": 1}, {}, "parallel.tensor: 2 ranks are more than a pod's"),
         ({"gpu_model": "x101"}, {}, "x101"),
@@ -93,9 +95,8 @@ def test_every_jobs_name_makes_one_for_a_run(name):
 )
 def test_what_cannot_work_in_a_cluster_is_refused(kubernetes, tables, words):
     job = resolve(TABLES | tables | {"kubernetes": TABLES["kubernetes"] | kubernetes}, "test")
-    with pytest.raises(JobError, match=re.escape(words)) as refused:
+    with pytest.raises(JobError, match=re.escape(words)):
         rayjob_of(job, "r", "r", "job.toml")
-    assert "planted" not in str(refused.value)
 
 
 def test_what_does_not_fit_the_gpus_is_refused_unless_forced():
