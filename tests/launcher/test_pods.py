@@ -58,7 +58,7 @@ def test_a_run_is_submitted_trains_is_suspended_goes_on_and_is_cancelled(tables,
                     and found["progress"]["step"] > least
                     and found
                 ),
-                120,
+                240,
             )
 
         found = training_at(10)
