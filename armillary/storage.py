@@ -59,7 +59,7 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
-def has_password(url: str) -> bool:
+def has_secret(url: str) -> bool:
     """Whether there is a password or another secret in a URL, which everybody sees who sees the URL."""
     return re.search(r"://[^/]*:[^/]*@", url) is not None or SECRET.search(url) is not None
 
@@ -68,7 +68,7 @@ def checked(path: str) -> str:
     """The path or URL; ValueError where it is meant for a URL and is none, or shows a secret."""
     if re.match(r"[\w+.-]*:/", path) and not re.match(r"([\w+.-]+://[^/\s?#][^\s]*|file:///.*)$", path):
         raise ValueError("it is no URL: SCHEME://BUCKET/FOLDER, as s3://bucket/folder")
-    if has_password(path):
+    if has_secret(path):
         raise ValueError("there is a secret in it, which all would see who see the job: give it by the environment")
     return path
 
@@ -192,7 +192,7 @@ class RemoteStorage:
 
 def connect(url: str, error: type[ArmillaryError]) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system behind a URL and the path in it; `error` where it cannot be used."""
-    if has_password(url):
+    if has_secret(url):
         raise error("the URL has a password in it", "", "give credentials through the environment")
     options = {"use_listings_cache": False}
     if url.startswith("s3://"):

@@ -17,6 +17,7 @@ import kr8s.asyncio
 from armillary.errors import ClusterError
 
 TIMEOUT = 20.0  # seconds that a server may take to answer
+LOGIN = 120.0  # that may go by until it has answered first: a program that logs in may ask a person
 SILENCE = 15.0  # that a log may have, before it is asked for anew
 LOG_IN = "log in again: your kubeconfig's token or certificate is not valid"
 ASK_FOR_ROLE = "ask for the role armillary-submitter of that namespace: k8s/base/rbac.yaml"
@@ -183,7 +184,7 @@ def connected(context: str = "", namespace: str = "") -> Iterator[Client]:
 async def _api(context: str | None, namespace: str | None):
     fix = "set KUBECONFIG, or name a context of it with --context"
     try:
-        with anyio.fail_after(TIMEOUT):
+        with anyio.fail_after(LOGIN):
             return await kr8s.asyncio.api(context=context, namespace=namespace)
     except (httpx.HTTPError, kr8s.APITimeoutError, TimeoutError) as error:
         raise unreachable(context or "the kubeconfig's current context", error) from None

@@ -26,9 +26,8 @@ def standing(run: Run) -> Standing:
 def phase(found: Standing, driver: dict | None) -> tuple[str, str]:
     """(phase, reason), by the events and by whether somebody drives the run."""
     if driver is not None:
-        return (
-            "starting" if found.state == "new" else "running"
-        ), f"process {driver['pid']} on {driver['host']} drives it"
+        reason = f"process {driver['pid']} on {driver['host']} drives it"
+        return ("starting" if found.state == "new" else "running"), reason
     if found.state in ("done", "failed", "cancelled"):
         return found.state, found.error or ""
     if found.state == "stopped":

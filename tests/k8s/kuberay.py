@@ -36,7 +36,7 @@ class KubeRay(Controller):
         """volume, secrets: see Machine."""
         super().__init__(api)
         self.machine = Machine(api, volume, secrets or {})
-        self.clusters: dict[str, Cluster] = {}
+        self.clusters: dict[str, RayCluster] = {}
         self.tokens: list[str] = []
         self._leaving: list[threading.Thread] = []
 
@@ -62,7 +62,7 @@ class KubeRay(Controller):
             case "Initializing" | "Running" if suspend:
                 return {"jobDeploymentStatus": "Suspending"}
             case "Initializing":
-                cluster = self.clusters[uid] = Cluster(self.machine, rayjob)
+                cluster = self.clusters[uid] = RayCluster(self.machine, rayjob)
                 self.tokens.append(cluster.token)
                 cluster.start()
                 return {"jobDeploymentStatus": "Running", "dashboardURL": cluster.service.address}
@@ -92,7 +92,7 @@ class KubeRay(Controller):
 
 
 def _after(rayjob: dict, progress: tuple[str, str, str]) -> dict | None:
-    """What the progress of a run that is running changes: see Cluster.progress."""
+    """What the progress of a run that is running changes: see RayCluster.progress."""
     status, (state, job_status, message) = rayjob["status"], progress
     change = {"jobDeploymentStatus": state, "jobStatus": job_status, "message": message}
     if state == "Running":
@@ -106,7 +106,7 @@ def _after(rayjob: dict, progress: tuple[str, str, str]) -> dict | None:
                      "jobDeploymentStatus": "Retrying" if again else "Failed"}  # fmt: skip
 
 
-class Cluster:
+class RayCluster:
     """The pods of one RayCluster, and those that submit to it, from their start to their end."""
 
     def __init__(self, machine: Machine, rayjob: dict):

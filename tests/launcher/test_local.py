@@ -62,6 +62,8 @@ def test_a_run_whose_driver_was_killed_says_so(job_file, armillary, tmp_path):
     status = json.loads(armillary("status", "run", "--json").stdout)
     assert status["phase"] == "failed"
     assert "its driver is gone" in status["reason"]
+    assert status["progress"]["step"] >= 1
+    assert (status["progress"]["tokens_per_second"], status["progress"]["eta_seconds"]) == (None, None)
     assert_gone(ranks)
 
 

@@ -87,7 +87,7 @@ def test_a_stream_that_stays_open_says_no_more_than_one_that_ends(api, space, sh
 @pytest.mark.parametrize("succeeded", [True, False])
 def test_who_follows_learns_how_it_ended(api, space, shell, succeeded):
     with Kueue(api):
-        process = shell.start("submit", "job.toml", "--run", "mine")
+        process = shell.start("submit", "job.toml", "--run", "mine", "--json")
         wait_for(lambda: (api.store.get(rayjob(space)) or {"spec": {"suspend": True}})["spec"]["suspend"] is False)
         begin(api, space, "hello")
         time.sleep(2)
@@ -99,6 +99,7 @@ def test_who_follows_learns_how_it_ended(api, space, shell, succeeded):
     else:
         done = subprocess.CompletedProcess([], process.returncode, out, err)
         refused(done, "the run mine failed: AppFailed: exit code 1", "armillary resume mine", code=1)
+    assert json.loads(out)["phase"] == ("done" if succeeded else "failed")
     assert "hello" in err
 
 
@@ -150,12 +151,15 @@ def test_a_failed_run_goes_on_as_a_new_rayjob_and_one_that_runs_or_is_done_does_
         assert not set(PLACED["spec"]) & set(again["spec"]["submitterPodTemplate"]["spec"]), "what Kueue put there"
         begin(api, space, name=f"mine-r{number}")
         end(api, space, succeeded=number == 3, name=f"mine-r{number}")
+    other = shell("submit", "job.toml", "--run", "mine-r4", "--detach")  # a run of its own, whose name is like theirs
+    assert "submitted as mine-r4" in other.stderr
     refused(shell("resume", "mine"), "the run mine is done", "training.steps")
     more = shell("submit", "job.toml", "training.steps=2000", "--run", "mine", "--detach")
-    assert "submitted as mine-r4" in more.stderr
-    assert "steps = 2000" in remote.job_of(api.store.get(rayjob(space, "mine-r4"))).to_toml()
+    assert "submitted as mine-r5" in more.stderr
+    assert "steps = 2000" in remote.job_of(api.store.get(rayjob(space, "mine-r5"))).to_toml()
     refused(shell("resume", "mine", "parallel.data=2"), "goes on as it was submitted", "armillary submit")
-    assert shell("cancel", "mine").returncode == 0
+    for run in ("mine", "mine-r4"):
+        assert shell("cancel", run).returncode == 0
     assert not [key for key in api.store.objects if key.namespace == space]
 
 
@@ -182,6 +186,17 @@ def test_pods_that_cannot_start_say_why(api, space, shell):
     assert (status["phase"], status["reason"]) == ("starting", f"pod {pod}: ImagePullBackOff: no such image")
 
 
+def test_the_end_of_a_log_is_read_again_where_it_breaks(api, space, shell, monkeypatch):
+    monkeypatch.setattr(remote, "LOOK_SECONDS", 0.1)
+    monkeypatch.setenv("KUBECONFIG", shell.environment["KUBECONFIG"])
+    submitted(shell)
+    begin(api, space, "one", "two", "why it failed")
+    end(api, space, succeeded=False)
+    with client.connected() as connected:
+        api.broken_logs = 2
+        assert list(remote.log(connected, "mine", follow=True)) == ["one", "two", "why it failed"]
+
+
 def test_who_follows_is_patient_with_a_cluster_that_cannot_answer(api, space, shell, monkeypatch):
     monkeypatch.setattr(remote, "LOOK_SECONDS", 0.1)
     monkeypatch.setenv("KUBECONFIG", shell.environment["KUBECONFIG"])
@@ -202,6 +217,8 @@ def test_who_follows_is_patient_with_a_cluster_that_cannot_answer(api, space, sh
         api.busy = 0
         api.store.remove(rayjob(space))
         assert remote.watched(connected, "mine").phase.name == "cancelled"
+        gone = remote.status(connected, "mine", patient=True)
+        assert (gone["phase"], gone["rayjob"], gone["progress"]) == ("cancelled", None, None)
 
 
 def test_who_interrupts_a_submit_leaves_the_run_there(api, space, shell):

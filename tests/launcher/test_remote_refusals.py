@@ -63,7 +63,8 @@ def test_no_cluster_no_context_no_namespace(api, shell, tmp_path):
 
 
 def test_a_server_that_takes_calls_and_never_answers(shell, tmp_path, monkeypatch):
-    monkeypatch.setattr(client, "TIMEOUT", 0.5)
+    for limit in ("TIMEOUT", "LOGIN"):
+        monkeypatch.setattr(client, limit, 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         config = yaml.safe_load(Path(shell.environment["KUBECONFIG"]).read_text())
         config["clusters"][0]["cluster"]["server"] = f"https://127.0.0.1:{silent.getsockname()[1]}"

@@ -105,9 +105,10 @@ def test_a_night_between_two_launches_is_told_apart_from_a_fault(run):
     assert idle(events("launch", "ended", "launch", "failed", "launch")) == 200.0
     assert idle(events("launch", "failed", "restart", "launch", "verdict", "launch")) == 0.0
     assert idle(events("launch", "ended")) == 0.0
-    run.event("ended", step=STEPS, interrupted=True)
-    run.event("launch", generation=2, layout={"world_size": 1}, from_step=STEPS, until=STEPS)
-    assert "suspended, or failed" in page(run)
+    night = [{"time": 2400.0, "event": "ended", "interrupted": True}, {"time": 9400.0, "event": "launch"}]
+    spent = dict((what, seconds) for what, seconds, _ in time_spent(run.curve(), [*run.events(), *night]))
+    assert spent["suspended, or failed"] == 7000.0
+    assert sum(spent.values()) == pytest.approx(9400 - 100)
 
 
 def test_few_points_stand_for_many():
