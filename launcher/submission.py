@@ -60,13 +60,12 @@ def _problems(job: Job, allow_tag: bool) -> Iterator[tuple[str, str]]:
     paths = {"checkpoint.path": job.checkpoint.path, "data.path": job.data.path}
     if job.checkpoint.start:
         paths["checkpoint.start"] = job.checkpoint.start
-    for key, path in paths.items():
-        if not is_url(path) and not job.kubernetes.volume:
+    for key, path in paths.items():  # not sources': where their shards are built already, nobody reads them
+        if is_url(path):
+            continue
+        if not job.kubernetes.volume:
             yield key, "pods without kubernetes.volume share no folder, and keep none: it has to be a URL"
-    for source in job.data.sources:
-        paths[f"data.sources: the path of {source.name or source.kind}"] = source.path
-    for key, path in paths.items():
-        if not is_url(path) and not Path(os.path.normpath(Path(ROOT, path))).is_relative_to(ROOT):
+        elif not Path(os.path.normpath(Path(ROOT, path))).is_relative_to(ROOT):
             yield key, f"{path} is not on the volume, which pods have at {ROOT}"
 
 
